@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` each set up everything by themselves: a virtual environment, the pinned
+# dependencies, the package. Nothing but Python 3.11 or newer is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help quickstart test test-all check clean
+
+help:
+	@echo "make quickstart   the whole study on the embedded pocket family; writes runs/quickstart/report.html"
+	@echo "make test         format, lint, types and the tests"
+	@echo "make test-all     the same, and the tests that take minutes"
+	@echo "make clean        remove the virtual environment and caches (not your runs/)"
+
+quickstart: .venv/installed
+	$(BIN)/fedgraft quickstart --out runs/quickstart
+
+test: check
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-all: check
+	$(BIN)/pytest -n 2
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fedgraft needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

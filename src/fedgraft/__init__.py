@@ -1,0 +1,1 @@
+"""fedgraft: graft instructions onto fresh knowledge."""

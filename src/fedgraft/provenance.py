@@ -1,0 +1,164 @@
+"""What made an artefact: inputs by content hash, settings, seed, versions; written beside every output.
+
+Every output is a directory that appears whole or not at all: it is written into a sibling temporary
+directory, gets its record `fedgraft.json`, and is renamed into place. The record holds no time and no
+path, so that the same inputs give the same bytes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedgraft.errors import ArtefactError
+
+RECORD = "fedgraft.json"
+LIBRARIES = ("numpy", "torch", "transformers", "peft")
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+Kind = Literal["checkpoint", "residual", "graft", "adapter", "stage", "company"]
+
+
+class Record(BaseModel):
+    """The content of a `fedgraft.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    fedgraft: str
+    """Version of fedgraft that wrote it."""
+    inputs: dict[str, str] = {}
+    """Role of an input -> its content hash, e.g. `{"base": "sha256:..."}`."""
+    ancestors: tuple[str, ...] = ()
+    """Content hashes of the checkpoints that this one was trained from, oldest first."""
+    residuals: tuple[str, ...] = ()
+    """Content hashes of the residuals that were grafted on."""
+    settings: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    """What was measured while it was made: counts, exactness, losses."""
+    libraries: dict[str, str] = {}
+
+    @classmethod
+    def make(cls, kind: Kind, **fields: Any) -> "Record":
+        """A record with the versions of this installation filled in."""
+        return cls(kind=kind, fedgraft=version(), libraries=library_versions(), **fields)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Record | None":
+        """The record of an artefact, None where the directory has none (a foreign checkpoint).
+
+        Raises ArtefactError where the record is there but cannot be understood.
+        """
+        path = directory / RECORD
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValidationError, OSError) as error:
+            raise ArtefactError(
+                f"{path}: expected the record of an artefact of fedgraft, found {error}; "
+                "restore the file or make the artefact again"
+            ) from error
+
+    def write(self, directory: Path) -> None:
+        (directory / RECORD).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_artefact(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `out`; rename it to `out` on success, remove it on any failure.
+
+    The body writes its files, and its Record last. A kill leaves the old artefact or none.
+
+    Raises ArtefactError where `out` exists (unless `overwrite`), is not a directory, or cannot be
+    written (full disk, no permission).
+    """
+    out = out.absolute()
+    if out.exists() and not out.is_dir():
+        raise ArtefactError(f"{out}: expected a directory to write, found a file; choose another")
+    if out.exists() and not overwrite and any(out.iterdir()):
+        raise ArtefactError(f"{out} exists already; remove it or choose another --out")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        _remove_abandoned(out)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            old = out.with_name(f".{out.name}.old-{os.getpid()}")
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise ArtefactError(
+            f"could not write {out}: {error.strerror or error}; nothing was left there. "
+            "Free some space or choose another place, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed runs left beside `out`; a directory of a living process stays."""
+    for kind in ("partial", "old"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            owner = left.name.rpartition("-")[2]
+            if owner.isdigit() and not _is_alive(int(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def hash_json(value: Any) -> str:
+    """Content hash of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_files(paths: list[Path]) -> str:
+    """Content hash of some files, by their bytes in the given order; names and places do not count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return "sha256:" + digest.hexdigest()
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """A 32-bit seed for one purpose, from the study's seed and labels; distinct labels, distinct seeds."""
+    text = ":".join(map(str, (seed, *labels)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@cache
+def version() -> str:
+    return importlib.metadata.version("fedgraft")
+
+
+def library_versions() -> Mapping[str, str]:
+    """Versions of the libraries that can change a number, read without importing them."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
