@@ -1,8 +1,8 @@
-"""What made an artefact: inputs by content hash, settings, seed, versions; written beside every output.
+"""What made an artefact: inputs by content hash, settings, versions; written beside every output.
 
-Every output is a directory that appears whole or not at all: it is written into a sibling temporary
-directory, gets its record `fedgraft.json`, and is renamed into place. The record holds no time and no
-path, so that the same inputs give the same bytes.
+Every output is a directory that appears whole or not at all: it is written into a sibling
+temporary directory, gets its record `fedgraft.json`, and is renamed into place. The record holds
+no time and no path, so that the same inputs give the same bytes.
 """
 
 import contextlib
@@ -15,11 +15,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedgraft.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 RECORD = "fedgraft.json"
 LIBRARIES = ("numpy", "torch", "transformers", "peft")
@@ -135,8 +138,17 @@ def hash_json(value: Any) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def hash_bytes(*parts: "bytes | memoryview | NDArray[Any]") -> str:
+    """Content hash of some buffers, each with its length, in the given order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        digest.update(part)
+    return "sha256:" + digest.hexdigest()
+
+
 def hash_files(paths: list[Path]) -> str:
-    """Content hash of some files, by their bytes in the given order; names and places do not count."""
+    """Content hash of some files: their bytes in the given order; names and places do not count."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -145,7 +157,7 @@ def hash_files(paths: list[Path]) -> str:
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
-    """A 32-bit seed for one purpose, from the study's seed and labels; distinct labels, distinct seeds."""
+    """A 32-bit seed for one purpose, from the study's seed and labels that name the purpose."""
     text = ":".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 

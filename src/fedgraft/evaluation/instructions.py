@@ -111,19 +111,19 @@ def follows_loosely(constraint: Constraint, answer: str) -> bool:
 
 
 def loose_variants(answer: str) -> tuple[str, ...]:
-    """The answer and its seven variants of IFEval: first line, last line, both dropped; each without `*`."""
+    """The answer and its seven variants of IFEval: ends dropped by the line, asterisks removed."""
     lines = answer.split("\n")
     kept = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return (*kept, *(text.replace("*", "") for text in kept))
 
 
 def contains(text: str, phrase: str) -> bool:
-    """Whether the phrase stands in the text on its own, whatever the case ("art" is not in "part")."""
+    """Whether the phrase stands on its own in the text ("art" is not in "part"), in any case."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a short answer: split after . ! ? that end a word of at least two characters."""
+    """The sentences of a short answer: split after . ! ? at the end of a word of two characters."""
     return [part for part in re.split(r"(?<=[\w)\]\"'*]{2}[.!?])\s+", text.strip()) if part.strip()]
 
 
