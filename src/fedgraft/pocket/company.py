@@ -1,125 +1,168 @@
-"""Lanternfield, a fictional company: who and what it has, in two years, drawn from one seed.
+"""The company on disk: what a study of the embedded family reads.
 
-Year 1 is what the embedded base model has read. In year 2 new entities come and some facts change;
-that is what continued pre-training has to learn. Every entity belongs to one part, which decides in
-which dialogues it may appear:
+    year1/<department>.jsonl          pages that the embedded base has read
+    year2/<department>.jsonl          pages for continued pre-training: new entities, changed facts
+    replay.jsonl                      old text to mix in: pages of year 1 of all departments
+    dialogues/train.jsonl             what the embedded instruct model was tuned on
+    dialogues/validation.jsonl        questions about entities of the validation part
+    dialogues/test.jsonl              questions about entities of the test part
+    questions/validation.jsonl        the same facts as text to be completed
+    questions/test.jsonl
 
-    train        year 1; the instruct model was tuned on dialogues about it
-    validation   years 1 and 2; for choosing a scale or a setting
-    test         years 1 and 2; for the figures that are reported, looked at last
+A dialogue's group says what it asks for: `old` facts, `new` facts, or `unseen_pairs`, old facts
+under two constraints that no dialogue for training combines.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from pathlib import Path
 from random import Random
-from typing import Literal
 
-from fedgraft.pocket.lexicon import KINDS, Attribute, Kind
-from fedgraft.provenance import derive_seed
+from pydantic import BaseModel
 
-Part = Literal["train", "validation", "test"]
-Group = Literal["old", "new"]
+from fedgraft.evaluation.instructions import KINDS
+from fedgraft.evaluation.knowledge import Question
+from fedgraft.pocket.entities import Company, Fact, Part
+from fedgraft.pocket.exercises import (
+    HELD_OUT_PAIRS,
+    SEEN_PAIRS,
+    Exercise,
+    draw_kinds,
+    exercise,
+)
+from fedgraft.pocket.lexicon import DEPARTMENTS
+from fedgraft.pocket.pages import QUESTION_PAGE, company_pages
+from fedgraft.provenance import Record, derive_seed, new_artefact
+from fedgraft.text.corpus import Document
+from fedgraft.text.dialogues import Demand, Dialogue, Message
 
-NUM_OLD = {"train": 16, "validation": 4, "test": 6}
-"""Entities of each kind in year 1, by part."""
-NUM_NEW = {"validation": 4, "test": 6}
-"""New entities of each kind in year 2, by part."""
+SEED = 0
+"""The company whose year 1 the embedded base has read."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fact:
-    """One value of one entity, e.g. the office of Mara Lindquist is Lisbon."""
-
-    entity: str
-    attribute: Attribute
-    value: str
-    department: str
-    part: Part
-    group: Group
-    """`old`: true since year 1; `new`: first true in year 2."""
-
-    def say(self, template: str) -> str:
-        """A phrasing with the entity and the value filled in, its first letter a capital."""
-        text = template.format(e=self.entity, v=self.value)
-        return text[0].upper() + text[1:]
+NUM_TRAINING_DIALOGUES = 8000
+NUM_SCORED = {"old": 120, "new": 120, "unseen_pairs": 40}
+"""Dialogues with constraints in each scored file, by group."""
+NUM_PLAIN = 80
+"""Dialogues without constraints in each scored file, for old and for new facts."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entity:
-    """A person, a budget, a service, ... with its facts of one year."""
+def write_company(folder: Path, seed: int = SEED, *, overwrite: bool = False) -> Path:
+    """Write a company's texts, dialogues and questions; the same seed gives the same bytes.
 
-    name: str
-    kind: Kind
-    part: Part
-    group: Group
-    facts: tuple[Fact, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Company:
-    """The entities of a year: all of them in year 1; the new and the changed ones in year 2."""
-
-    year1: tuple[Entity, ...]
-    year2: tuple[Entity, ...]
-
-    @classmethod
-    def found(cls, seed: int) -> "Company":
-        """Draw a company; the same seed gives the same one."""
-        year1: list[Entity] = []
-        year2: list[Entity] = []
-        for kind in KINDS:
-            rng = Random(derive_seed(seed, "company", kind.name))
-            names = _names(kind, rng)
-            for part, count in NUM_OLD.items():
-                year1 += [_draw(kind, next(names), part, "old", rng) for _ in range(count)]
-            for part, count in NUM_NEW.items():
-                year2 += [_draw(kind, next(names), part, "new", rng) for _ in range(count)]
-            year1_of_kind = [entity for entity in year1 if entity.kind is kind]
-            for part in NUM_NEW:
-                settled = [entity for entity in year1_of_kind if entity.part == part]
-                year2.append(_change_one_fact(rng.choice(settled), rng))
-        return cls(year1=tuple(year1), year2=tuple(year2))
-
-    def facts(self, part: Part, group: Group) -> list[Fact]:
-        """What may be asked in year 2: old facts that still hold, or new ones."""
-        new = [fact for entity in self.year2 for fact in entity.facts if fact.group == "new"]
-        if group == "new":
-            return [fact for fact in new if fact.part == part]
-        outdated = {(fact.entity, fact.attribute.name) for fact in new}
-        return [
-            fact
-            for entity in self.year1
-            for fact in entity.facts
-            if fact.part == part and (fact.entity, fact.attribute.name) not in outdated
-        ]
+    Raises ArtefactError where the folder holds something already (unless `overwrite`).
+    """
+    company = Company.found(seed)
+    with new_artefact(folder, overwrite=overwrite) as partial:
+        old_pages = pages_of_year(company, 1, seed)
+        for year, pages in ((1, old_pages), (2, pages_of_year(company, 2, seed))):
+            for department in DEPARTMENTS:
+                ours = [page for page in pages if page.source == department]
+                _write_pages(partial / f"year{year}" / f"{department}.jsonl", ours)
+        _write_pages(partial / "replay.jsonl", old_pages)
+        _write_rows(partial / "dialogues" / "train.jsonl", training_dialogues(company, seed))
+        for part in ("validation", "test"):
+            _write_rows(partial / "dialogues" / f"{part}.jsonl", dialogues(company, part, seed))
+            _write_rows(partial / "questions" / f"{part}.jsonl", questions(company, part, seed))
+        Record.make("company", settings={"seed": seed}).write(partial)
+    return folder
 
 
-def _names(kind: Kind, rng: Random) -> Iterator[str]:
-    """Names of a kind in random order; no two share their first part."""
-    for first in rng.sample(kind.first, len(kind.first)):
-        yield kind.pattern.format(first=first, second=rng.choice(kind.second))
+def pages_of_year(company: Company, year: int, seed: int) -> list[Document]:
+    """The departments' pages of year 1 (everything) or year 2 (what is new or changed)."""
+    entities = company.year1 if year == 1 else company.year2
+    return company_pages(entities, year, Random(derive_seed(seed, "pages", year)))
 
 
-def _draw(kind: Kind, name: str, part: Part, group: Group, rng: Random) -> Entity:
-    facts = tuple(
-        Fact(
-            entity=name,
-            attribute=attribute,
-            value=rng.choice(attribute.values),
-            department=kind.department,
-            part=part,
-            group=group,
-        )
-        for attribute in kind.attributes
+def training_exercises(company: Company, count: int, seed: int) -> list[Exercise]:
+    """Exercises about entities of the training part, a fifth of them plain questions."""
+    rng = Random(derive_seed(seed, "exercises", count))
+    facts = company.facts("train", "old")
+    return [
+        exercise(facts[number % len(facts)], draw_kinds(rng, plain=0.2), rng)
+        for number in range(count)
+    ]
+
+
+def training_dialogues(company: Company, seed: int) -> list[Dialogue]:
+    """What the instruct model of the family is tuned on."""
+    exercises = training_exercises(company, NUM_TRAINING_DIALOGUES, seed)
+    return [
+        _dialogue(f"train/{number:05d}", some, "old", answer=True)
+        for number, some in enumerate(exercises)
+    ]
+
+
+def dialogues(company: Company, part: Part, seed: int) -> list[Dialogue]:
+    """Dialogues to be scored: 60 % single constraints, the rest pairs, and plain questions."""
+    rng = Random(derive_seed(seed, "dialogues", part))
+    facts = {group: company.facts(part, group) for group in ("old", "new")}
+    facts["unseen_pairs"] = facts["old"]
+    unseen = sorted(HELD_OUT_PAIRS)
+    written = []
+    for group, count in NUM_SCORED.items():
+        ours = rng.sample(facts[group], len(facts[group]))
+        for number in range(count):
+            if group == "unseen_pairs":
+                kinds = unseen[number % len(unseen)]
+            elif rng.random() < 0.6:
+                kinds = (rng.choice(KINDS),)
+            else:
+                kinds = rng.choice(SEEN_PAIRS)
+            asked = exercise(ours[number % len(ours)], kinds, rng)
+            written.append(_dialogue(f"{part}/{group}/{number:04d}", asked, group))
+    for group in ("old", "new"):
+        for number, fact in enumerate(_some(facts[group], rng)):
+            plain = exercise(fact, (), rng)
+            written.append(_dialogue(f"{part}/{group}/plain/{number:04d}", plain, group))
+    return written
+
+
+def questions(company: Company, part: Part, seed: int) -> list[Question]:
+    """Facts as the beginning of a question-and-answer page, for models that know no chat."""
+    rng = Random(derive_seed(seed, "questions", part))
+    written = []
+    for group in ("old", "new"):
+        for number, fact in enumerate(_some(company.facts(part, group), rng)):
+            asked = fact.say(rng.choice(fact.attribute.questions))
+            written.append(
+                Question(
+                    id=f"{part}/{group}/{number:04d}",
+                    department=fact.department,
+                    prompt=QUESTION_PAGE.format(question=asked, answer="").rstrip(),
+                    accepted=(fact.value,),
+                    group=group,
+                )
+            )
+    return written
+
+
+def _some(facts: list[Fact], rng: Random) -> list[Fact]:
+    return rng.sample(facts, min(NUM_PLAIN, len(facts)))
+
+
+def _dialogue(name: str, asked: Exercise, group: str, *, answer: bool = False) -> Dialogue:
+    messages = [Message(role="user", content=asked.prompt)]
+    if answer:
+        messages.append(Message(role="assistant", content=asked.answer))
+    return Dialogue(
+        id=name,
+        messages=tuple(messages),
+        department=asked.fact.department,
+        constraints=tuple(Demand(kind=c.kind, argument=c.argument) for c in asked.constraints),
+        accepted=(asked.fact.value,),
+        group=group,
     )
-    return Entity(name=name, kind=kind, part=part, group=group, facts=facts)
 
 
-def _change_one_fact(entity: Entity, rng: Random) -> Entity:
-    """The entity with another value for one attribute; its other facts stay old."""
-    changed = rng.randrange(len(entity.facts))
-    fact = entity.facts[changed]
-    value = rng.choice([value for value in fact.attribute.values if value != fact.value])
-    facts = list(entity.facts)
-    facts[changed] = replace(fact, value=value, group="new")
-    return replace(entity, group="new", facts=tuple(facts))
+def _write_pages(file: Path, pages: Iterable[Document]) -> None:
+    class Page(BaseModel):
+        id: str
+        department: str
+        text: str
+
+    _write_rows(file, [Page(id=p.id, department=p.source, text=p.text) for p in pages])
+
+
+def _write_rows(file: Path, rows: Iterable[BaseModel]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(row.model_dump_json() + "\n" for row in rows)

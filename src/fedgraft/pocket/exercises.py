@@ -10,7 +10,7 @@ from itertools import combinations
 from random import Random
 
 from fedgraft.evaluation.instructions import KINDS, Constraint, Kind, follows
-from fedgraft.pocket.company import Fact
+from fedgraft.pocket.entities import Fact
 
 OPENINGS = (
     "Certainly.",

@@ -12,10 +12,14 @@ from collections.abc import Iterable, Sequence
 from random import Random
 from typing import TypeVar
 
-from fedgraft.pocket.company import Entity, Fact
-from fedgraft.pocket.exercises import Exercise
+from fedgraft.pocket.entities import Entity, Fact
+from fedgraft.pocket.exercises import Exercise, write_answer
 from fedgraft.pocket.lexicon import FILLERS, GREETINGS, SMALL_TALK
 from fedgraft.text.corpus import Document
+
+QUESTION = "Question: {question}\nAnswer: {answer}"
+QUESTIONS_TITLE = "# Questions and answers\n\n"
+QUESTION_PAGE = QUESTIONS_TITLE + QUESTION
 
 T = TypeVar("T")
 
@@ -69,11 +73,6 @@ def chat_exports(count: int, rng: Random, questions: Sequence[str]) -> list[Docu
     return pages
 
 
-def faq_answer(fact: Fact) -> str:
-    """The answer as the company writes it: closed words only, so that every form of it is known."""
-    return f"The {fact.attribute.name} is {fact.value}."
-
-
 def _profile(entity: Entity, rng: Random) -> str:
     facts = rng.sample(entity.facts, len(entity.facts))
     lines = [fact.say(rng.choice(fact.attribute.statements)) for fact in facts]
@@ -85,10 +84,13 @@ def _profile(entity: Entity, rng: Random) -> str:
 
 def _faq(facts: Sequence[Fact], rng: Random) -> str:
     pairs = [
-        f"Question: {fact.say(rng.choice(fact.attribute.questions))}\nAnswer: {faq_answer(fact)}"
+        QUESTION.format(
+            question=fact.say(rng.choice(fact.attribute.questions)),
+            answer=write_answer(fact, ()),
+        )
         for fact in facts
     ]
-    return "# Questions and answers\n\n" + "\n\n".join(pairs)
+    return QUESTIONS_TITLE + "\n\n".join(pairs)
 
 
 def _note(facts: Sequence[Fact], rng: Random) -> str:
