@@ -1,31 +1,36 @@
-"""A Hugging Face checkpoint on disk, opened to be read tensor by tensor, block by block.
+"""A Hugging Face checkpoint on disk, read tensor by tensor and block by block.
 
 The format is safetensors and nothing else: 8 bytes with the header's length, a JSON header (name ->
-dtype, shape, offsets), then the raw numbers. We read it with `pread` into buffers of our own, so
-memory stays at a few blocks whatever the model's size; pickles are never opened.
+dtype, shape, offsets), then the raw numbers. Blocks are small enough to stay in the processor's
+cache, so memory does not grow with the model; pickles are never opened.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 
 from fedgraft.errors import CheckpointError
 from fedgraft.provenance import Record
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-BLOCK_BYTES = 1 << 20
-"""Size of a read: large enough to keep the disk busy, small enough to stay in the cache."""
+Array = NDArray[Any]
+T = TypeVar("T")
+
+BLOCK_ELEMENTS = 1 << 17
+"""Numbers in a block: 256 KB of bfloat16, 512 KB of float32."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -41,16 +46,18 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "BOOL": np.dtype("?"),
     }
 )
-FLOATS = ("F64", "F32", "F16", "BF16")
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.bin")
+CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What a config.json calls the dtypes of weights."""
 
-Array = NDArray[Any]
+OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies."""
+    """What a tensor is and where it lies."""
 
     dtype: str
     """As safetensors names it: F32, BF16, ..."""
@@ -69,276 +76,305 @@ class TensorInfo:
 
 
 class TensorFiles:
-    """The tensors of one or more safetensors files, by name; open until closed.
+    """A directory's tensors by name: what checkpoints and residuals have in common.
 
-    The ground of checkpoints and residuals alike.
+    Holds no open file: any number of threads may read.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
-        self._open_files: dict[Path, int] = {}
+        self._digests: dict[str, bytes] = {}
 
-    def close(self) -> None:
-        for file in self._open_files.values():
-            os.close(file)
-        self._open_files.clear()
+    def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
+        """Yield the tensor's numbers in order, flat, in arrays of at most `num_elements`.
 
-    def __enter__(self) -> "TensorFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def blocks(self, name: str, num_elements: int = BLOCK_BYTES // 4) -> Iterator[Array]:
-        """The tensor's numbers in order, flat, at most so many at a time; each a fresh array."""
+        A tensor that was read to its end need not be read again for `content_hash`.
+        """
         info = self.tensors[name]
-        dtype = DTYPES[info.dtype]
-        for first in range(0, info.num_elements, num_elements):
-            count = min(num_elements, info.num_elements - first)
-            yield self._read(info, name, first, count).view(dtype)
+        digest = None if name in self._digests else hashlib.sha256()
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            for first in range(0, info.num_elements, num_elements):
+                size = min(num_elements, info.num_elements - first)
+                block = np.empty(size, DTYPES[info.dtype])
+                self._fill(file.readinto, block, name)
+                if digest:
+                    digest.update(block.view(np.uint8).data)
+                    if first + size == info.num_elements:
+                        self._digests[name] = digest.digest()
+                yield block
 
     def read(self, name: str) -> Array:
-        """The whole tensor in its shape."""
+        """Return the whole tensor in its shape."""
         info = self.tensors[name]
-        data = self._read(info, name, 0, info.num_elements)
-        return data.view(DTYPES[info.dtype]).reshape(info.shape)
+        whole = [np.empty(0, DTYPES[info.dtype]), *self.blocks(name, max(info.num_elements, 1))]
+        return whole[-1].reshape(info.shape)
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash over names, dtypes, shapes and numbers: the same for any layout of shards."""
-        digest = hashlib.sha256()
-        for name, info in self.tensors.items():
-            digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-            for block in self.blocks(name):
-                digest.update(block.view(np.uint8))
-        return "sha256:" + digest.hexdigest()
+        """Hash of names, dtypes, shapes and numbers: the same for any layout in files."""
+        each_tensor("hashing", self.tensors.keys() - self._digests.keys(), self._exhaust)
+        nothing = hashlib.sha256().digest()
+        facts = [
+            (name, info.dtype, info.shape, self._digests.get(name, nothing).hex())
+            for name, info in self.tensors.items()
+        ]
+        return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _read(self, info: TensorInfo, name: str, first: int, count: int) -> NDArray[np.uint8]:
-        size = DTYPES[info.dtype].itemsize
-        data = np.empty(count * size, np.uint8)
-        view = memoryview(data)
-        if info.file not in self._open_files:
-            self._open_files[info.file] = os.open(info.file, os.O_RDONLY)
-        file, offset, done = self._open_files[info.file], info.start + first * size, 0
-        while done < len(view):
-            got = os.preadv(file, [view[done:]], offset + done)
-            if not got:
+    def _exhaust(self, name: str) -> None:
+        for _ in self.blocks(name):
+            pass
+
+    def _fill(self, readinto: Callable[[memoryview], int | None], block: Array, name: str) -> None:
+        left = block.view(np.uint8).data
+        while left:
+            num_read = readinto(left)
+            if not num_read:
                 raise CheckpointError(
-                    f"{info.file}: the file ended inside tensor {name!r}; it was changed while "
-                    "fedgraft read it. Fetch it again"
+                    f"{self.tensors[name].file}: the file ended inside tensor {name!r}; it changed "
+                    "while it was read. Run the same command again when nothing writes to it"
                 )
-            done += got
-        return data
+            left = left[num_read:]
 
 
 class Checkpoint(TensorFiles):
-    """A model on disk: its tensors and its config."""
+    """A model on disk: its tensors, its config, and its record where fedgraft made it."""
 
     def __init__(
-        self, path: Path, tensors: dict[str, TensorInfo], config: dict[str, Any], source: str
+        self, path: Path, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
     ) -> None:
         super().__init__(path, tensors)
         self.config = config
-        self.source = source
-        """What the user called it: a directory or a hub id."""
+        declared = config.get("tie_word_embeddings")
+        self.tied: bool = OUTPUT_LAYER not in tensors if declared is None else bool(declared)
+        """Whether the output layer is the embedding itself, which then stands in `tensors` once."""
+        if self.tied and OUTPUT_LAYER in tensors:
+            self._drop_tied_copy()
 
     @classmethod
-    def open(cls, source: "str | Path | Checkpoint") -> "Checkpoint":
+    def open(cls, source: str | Path) -> "Checkpoint":
         """Open a directory, or a model of the hub by `organisation/name[@revision]`.
 
         Raises CheckpointError where there is no such thing, it holds pickles only, a shard is
         missing, truncated or mislabelled, the index and the shards disagree, or the config is
         missing or broken.
         """
-        if isinstance(source, Checkpoint):
-            return source
-        path = Path(source)
-        if not path.is_dir():
-            path = _download(str(source))
-        config = _read_config(path)
-        files = _weight_files(path)
-        tensors: dict[str, TensorInfo] = {}
-        for file in files:
-            for name, info in read_header(file).items():
-                if name in tensors:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!r} stands in both {tensors[name].file.name} and "
-                        f"{file.name}; fetch the checkpoint again"
-                    )
-                tensors[name] = info
-        _check_index(path, tensors)
-        return cls(path, tensors, config, str(source))
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output layer is the embedding itself and stands on disk once."""
-        declared = self.config.get("tie_word_embeddings", False)
-        return bool(declared) or "lm_head.weight" not in self.tensors
+        path = resolve(source)
+        config = read_config(path)
+        return cls(path, read_tensors(path, "model"), config)
 
     @property
     def num_parameters(self) -> int:
-        """Floating-point numbers in the tensors, tied ones counted once."""
-        names = [n for n, i in self.tensors.items() if i.dtype in FLOATS]
-        if self.tied and len(names) > 1:
-            names = [name for name in names if name != "lm_head.weight"]
-        return sum(self.tensors[name].num_elements for name in names)
+        """Numbers in the tensors; tied embeddings are counted once."""
+        return sum(info.num_elements for info in self.tensors.values())
 
     @property
     def record(self) -> Record | None:
         return Record.read(self.path)
 
+    def _drop_tied_copy(self) -> None:
+        """Leave out an output layer that was stored although it is tied, if it is a true copy."""
+        embedding = next((name for name in self.tensors if name.endswith(EMBEDDING)), None)
+        if embedding is not None:
+            pairs = zip(self.blocks(OUTPUT_LAYER), self.blocks(embedding), strict=True)
+            if all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in pairs):
+                self.tensors = MappingProxyType(
+                    {name: info for name, info in self.tensors.items() if name != OUTPUT_LAYER}
+                )
+                return
+        raise CheckpointError(
+            f"{self.path}: config.json ties the embeddings, but {OUTPUT_LAYER!r} is stored with "
+            f"other numbers than {embedding!r}; set tie_word_embeddings to false if both are meant"
+        )
 
-def _read_config(path: Path) -> dict[str, Any]:
+
+def each_tensor(label: str, names: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
+    """Return `work(name)` for each tensor, on a few cores, in the order of the names."""
+    ordered = sorted(names)
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        results = track(
+            pool.map(work, ordered),
+            label,
+            total=len(ordered),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        return dict(zip(ordered, results, strict=True))
+
+
+def resolve(source: str | Path) -> Path:
+    """Return the directory that `source` names, after fetching it where it is a hub id.
+
+    Of a hub model only safetensors and the small files beside them are fetched.
+
+    Raises CheckpointError where there is neither such a directory nor such a model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    name, _, revision = str(source).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise CheckpointError(
+            f"{source}: expected a checkpoint, found no such directory; name a directory, or a "
+            "model of the hub as organisation/name[@revision]"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["model*.safetensors*", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: there is no such directory, and fetching it from the hub failed "
+            f"({type(error).__name__}); check the name, the network and, for a gated model, that "
+            "`hf auth login` was done"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a directory's config.json; raises CheckpointError where it is missing or broken."""
     file = path / "config.json"
     try:
         config = json.loads(file.read_bytes())
+        config["model_type"]
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: expected a Hugging Face checkpoint with a config.json, found "
-            f"{_listing(path)}; name the directory that holds config.json and the weights"
+            f"{path}: expected a checkpoint with a config.json, found {_listing(path)}; name the "
+            "directory that holds config.json and the weights"
         ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: expected JSON, found {error}; fetch it again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: expected a model's config with `model_type`, found none; is this a model?"
-        )
-    return config
+            f"{file}: expected a config with the model_type, found {error!r}; fetch it again"
+        ) from error
+    return dict(config)
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if (path / INDEX).exists():
-        names = sorted(set(_read_index(path).values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
+def read_tensors(path: Path, prefix: str) -> dict[str, TensorInfo]:
+    """Return what `PREFIX.safetensors`, or the shards of `PREFIX.safetensors.index.json`, hold.
+
+    Raises CheckpointError where they are missing, damaged, or disagree with the index.
+    """
+    single, index = path / f"{prefix}.safetensors", path / f"{prefix}.safetensors.index.json"
+    if single.exists():
+        return read_header(single)
+    if index.exists():
+        return _read_shards(index)
+    for name in PICKLES:
+        if (path / name).exists():
             raise CheckpointError(
-                f"{path}: expected the {len(names)} shards that {INDEX} names, missing: "
-                f"{', '.join(missing)}; fetch them"
+                f"{path}: expected safetensors, found the pickle {name}, which can run code when "
+                "it is opened, so fedgraft never does. Convert it where you trust it: "
+                "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
             )
-        return [path / name for name in names]
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    pickles = [name for name in PICKLES if (path / name).exists()]
-    if pickles:
-        raise CheckpointError(
-            f"{path}: expected safetensors, found the pickle {pickles[0]}, which can run code when "
-            "it is read; fedgraft never opens one. Convert it where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
-        )
     raise CheckpointError(
-        f"{path}: expected weights in {SINGLE} or shards with {INDEX}, found {_listing(path)}"
+        f"{path}: expected weights in {single.name}, or shards with {index.name}, found "
+        f"{_listing(path)}; fetch the missing files"
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
     try:
-        places = json.loads((path / INDEX).read_bytes())["weight_map"]
-        if not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
-            raise ValueError("a shard's name that is no plain file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places: dict[str, str] = dict(json.loads(index.read_bytes())["weight_map"])
+        if any(Path(shard).name != shard for shard in places.values()):
+            raise ValueError("a shard in another directory")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path / INDEX}: expected an index with a `weight_map`, found {error!r}; fetch it again"
+            f"{index}: expected an index with a weight_map, found {error!r}; fetch it again"
         ) from error
-    return dict(places)
-
-
-def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    if not (path / INDEX).exists():
-        return
-    for name, file in _read_index(path).items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(
-                f"{path}: {INDEX} places tensor {name!r} in {file}, which does not hold it; fetch "
-                "the index and that shard again"
-            )
-    unlisted = tensors.keys() - _read_index(path).keys()
-    if unlisted:
+    shards = sorted(set(places.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
+    if missing:
         raise CheckpointError(
-            f"{path}: the shards hold tensor {min(unlisted)!r}, which {INDEX} does not name; fetch "
-            "the index again"
+            f"{index.parent}: expected the {len(shards)} shards that {index.name} names, missing "
+            f"{', '.join(missing)}; fetch the missing files"
         )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(index.parent / shard).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{index.parent}: expected each tensor once, found {name!r} in both "
+                    f"{tensors[name].file.name} and {shard}; fetch the checkpoint again"
+                )
+            tensors[name] = info
+    for name in sorted(places.keys() | tensors.keys()):
+        place = places.get(name, "no shard")
+        found = tensors[name].file.name if name in tensors else "no shard"
+        if place != found:
+            raise CheckpointError(
+                f"{index}: places tensor {name!r} in {place}, found it in {found}; fetch the index "
+                "and the shards again, all of one revision"
+            )
+    return tensors
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Where each tensor of a safetensors file lies, after checks that the file is whole.
+    """Return where each tensor of a safetensors file lies, after checks that the file is whole.
 
-    Raises CheckpointError for a header that is too short, no JSON, of unknown dtypes, with sizes that
-    do not fit, overlapping or leaving gaps, or promising more bytes than the file has.
+    Raises CheckpointError for a header that is too short, no JSON or of unknown dtypes, for sizes
+    that do not fit, overlap or leave gaps, and for more or fewer bytes than the header promises.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{file}: expected a safetensors file, found {size} bytes with a header that claims "
-                f"{length}; the download was cut short or this is another format. Fetch it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-            tensors = {name: _tensor_info(file, 8 + length, entry) for name, entry in entries}
-            ends = [entry["data_offsets"] for _, entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file}: expected a safetensors header, found {error}; fetch the file again"
-            ) from error
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            header = stream.read(length) if length <= min(size, MAX_HEADER_BYTES) else b""
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    if start == b"version ":
+        raise CheckpointError(
+            f"{file}: expected weights, found the pointer that git leaves in their place; run "
+            "`git lfs pull` in that directory"
+        )
+    if not header or len(header) < length:
+        raise CheckpointError(
+            f"{file}: expected a safetensors file, found {size} bytes, of which the header would "
+            f"be {length}; the file was cut short or is of another format. Fetch it again"
+        )
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+        tensors = {
+            name: _tensor_info(file, 8 + length + spans[name][0], entries[name])
+            for name in sorted(spans, key=spans.__getitem__)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file}: expected a safetensors header, found {error!r}; fetch the file again"
+        ) from error
     position = 0
-    for (name, info), (start, end) in zip(tensors.items(), ends, strict=True):
-        if start != position or end - start != info.num_bytes:
+    for name, info in tensors.items():
+        expected = (position, position + info.num_bytes)
+        if spans[name] != expected:
             raise CheckpointError(
-                f"{file}: tensor {name!r} of shape {list(info.shape)} and dtype {info.dtype} should "
-                f"fill bytes {position} to {position + info.num_bytes}, the header says {start} to "
-                f"{end}; fetch the file again"
+                f"{file}: expected tensor {name!r} of {info.dtype} {list(info.shape)} to fill "
+                f"bytes {expected[0]} to {expected[1]}, found {list(spans[name])}: the header leaves a "
+                "gap, overlaps or has another shape. Fetch the file again"
             )
-        position = end
+        position = expected[1]
     if 8 + length + position != size:
         raise CheckpointError(
-            f"{file}: expected {8 + length + position} bytes by its header, found {size}; the file "
-            "is truncated or damaged. Fetch it again"
+            f"{file}: expected {8 + length + position} bytes, found {size}; the file is truncated "
+            "or has a tail. Fetch it again"
         )
     return tensors
 
 
-def _tensor_info(file: Path, origin: int, entry: dict[str, Any]) -> TensorInfo:
-    dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+def _tensor_info(file: Path, start: int, entry: Mapping[str, Any]) -> TensorInfo:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}, where fedgraft reads {', '.join(DTYPES)}")
-    if any(n < 0 for n in shape):
+        raise ValueError(f"dtype {dtype}, where fedgraft reads {', '.join(DTYPES)}")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape {list(shape)}")
-    start = origin + int(entry["data_offsets"][0])
     return TensorInfo(dtype=dtype, shape=shape, file=file, start=start)
 
 
 def _listing(path: Path) -> str:
     names = sorted(child.name for child in path.iterdir())
-    shown = ", ".join(names[:6])
-    return (shown + (", ..." if len(names) > 6 else "")) or "an empty directory"
-
-
-def _download(source: str) -> Path:
-    """The local copy of a hub model; only weights in safetensors and the small files are fetched."""
-    name, _, revision = source.partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or not all(name.split("/")):
-        raise CheckpointError(
-            f"expected a checkpoint at {source}, found no such directory; name a directory or a "
-            "model of the hub as organisation/name[@revision]"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
-    try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"could not fetch {source} from the hub: {type(error).__name__}; check the name, the "
-            "network and, for a gated model, that `hf auth login` was done. A local directory with "
-            "the files works as well"
-        ) from error
+    return ", ".join(names[:6] + ["..."] * (len(names) > 6)) or "an empty directory"

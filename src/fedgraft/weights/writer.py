@@ -1,126 +1,140 @@
-"""Tensors to safetensors files, streamed: the header is known before the first number is written.
+"""Tensors to safetensors files, streamed: headers first, then the numbers of each tensor in place.
 
-Tensors are laid out in the order of their names, shards of at most `max_shard_bytes` are named as
-the hub names them. The bytes depend on names, dtypes, shapes and numbers alone.
+The bytes depend on names, dtypes, shapes and numbers alone; files are named as the hub names them.
+The caller writes into the folder of a `new_artefact`, so that a failure leaves nothing behind.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from fedgraft.weights.checkpoint import DTYPES, Array
+from fedgraft.errors import ArtefactError
+from fedgraft.weights.checkpoint import DTYPES, Array, each_tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> dtype (as safetensors names it) and shape."""
 
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""The files that make weights a model that loads as it is."""
 
-class Writer:
-    """Writes the tensors of a layout, in the order of their names, block by block."""
 
-    def __init__(
-        self,
-        folder: Path,
-        layout: Layout,
-        *,
-        prefix: str = "model",
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        self._layout = dict(sorted(layout.items()))
-        self._folder = folder
-        self._shards = _shards(self._layout, max_shard_bytes)
-        count = len(self._shards)
-        self._names = (
-            [f"{prefix}.safetensors"]
-            if count == 1
-            else [f"{prefix}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+def write_tensors(
+    folder: Path,
+    layout: Layout,
+    blocks: Callable[[str], Iterable[Array]],
+    *,
+    prefix: str = "model",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write each tensor of `layout` from `blocks(name)`: its numbers in order, flat, of its dtype.
+
+    Tensors are written a few at a time, on as many threads; `blocks` must allow that.
+
+    Raises ArtefactError where the disk has less room than the tensors need.
+    """
+    num_bytes = {name: _num_bytes(*layout[name]) for name in layout}
+    needed, free = sum(num_bytes.values()), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtefactError(
+            f"{folder.parent}: expected {needed / 1e9:.2f} GB of free space, found "
+            f"{free / 1e9:.2f} GB; free some, or choose another place"
         )
-        self._prefix = prefix
-        self._file: BinaryIO | None = None
-        self._queue = [
-            (name, shard) for shard, members in enumerate(self._shards) for name in members
-        ]
-        self._shard = -1
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(
-        self,
-        error: type[BaseException] | None,
-        _value: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        if self._file:
-            self._file.close()
-        if error is None:
-            assert not self._queue, f"tensors left unwritten: {self._queue[:3]}"
-            self._write_index()
-
-    def begin(self, name: str) -> None:
-        """Say which tensor the next blocks belong to; tensors come in the order of their names."""
-        expected, shard = self._queue.pop(0)
-        assert name == expected, f"expected {expected}, got {name}"
-        if shard != self._shard:
-            self._shard = shard
-            if self._file:
-                self._file.close()
-            self._file = (self._folder / self._names[shard]).open("wb", buffering=0)
-            self._file.write(_header(self._layout, self._shards[shard]))
-
-    def write(self, block: Array) -> None:
-        """Append numbers of the tensor's dtype."""
-        assert self._file
-        data = memoryview(np.ascontiguousarray(block).view(np.uint8))
-        while data:
-            data = data[self._file.write(data) :]
-
-    def _write_index(self) -> None:
-        if len(self._shards) == 1:
-            return
-        places = {
-            name: file
-            for file, names in zip(self._names, self._shards, strict=True)
-            for name in names
-        }
+    shards = _shards(num_bytes, max_shard_bytes)
+    files = [
+        f"{prefix}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+    ]
+    if len(shards) == 1:
+        files = [f"{prefix}.safetensors"]
+    else:
         index = {
-            "metadata": {"total_size": sum(_num_bytes(*self._layout[name]) for name in places)},
-            "weight_map": places,
+            "metadata": {"total_size": needed},
+            "weight_map": {
+                name: file
+                for file, names in zip(files, shards, strict=True)
+                for name in sorted(names)
+            },
         }
-        file = self._folder / f"{self._prefix}.safetensors.index.json"
-        file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / f"{prefix}.safetensors.index.json").write_text(text, encoding="utf-8")
+    places: dict[str, tuple[Path, int]] = {}
+    for file, names in zip(files, shards, strict=True):
+        header, starts = _header(layout, names)
+        (folder / file).write_bytes(header)
+        places |= {name: (folder / file, len(header) + start) for name, start in starts.items()}
+
+    def write(name: str) -> None:
+        path, start = places[name]
+        num_written = 0
+        with path.open("r+b", buffering=0) as stream:
+            stream.seek(start)
+            for block in blocks(name):
+                assert block.dtype == DTYPES[layout[name][0]], f"{name}: a block of {block.dtype}"
+                left = np.ascontiguousarray(block).view(np.uint8).data
+                num_written += len(left)
+                while left:
+                    left = left[stream.write(left) :]
+        assert num_written == num_bytes[name], f"{name}: {num_written} of {num_bytes[name]} bytes"
+
+    each_tensor("writing", layout, write)
 
 
-def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy a model's config, generation config, tokenizer and chat templates."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _shards(num_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Group the names, in their order, into shards that are as full as the limit allows."""
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, (dtype, shape) in layout.items():
-        num_bytes = _num_bytes(dtype, shape)
-        if shards[-1] and size + num_bytes > max_shard_bytes:
+    room = max_shard_bytes
+    for name in sorted(num_bytes):
+        if shards[-1] and num_bytes[name] > room:
             shards.append([])
-            size = 0
+            room = max_shard_bytes
         shards[-1].append(name)
-        size += num_bytes
+        room -= num_bytes[name]
     return shards
 
 
-def _header(layout: Layout, names: list[str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(layout: Layout, names: list[str]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's header and the offset of each tensor behind it; wide dtypes come first.
+
+    So each tensor starts at a multiple of its item size, as in files of the reference library.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     position = 0
-    for name in names:
+    for name in sorted(names, key=lambda name: (-DTYPES[layout[name][0]].itemsize, name)):
         dtype, shape = layout[name]
-        end = position + _num_bytes(dtype, shape)
+        starts[name], end = position, position + _num_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    return math.prod(shape) * DTYPES[dtype].itemsize
