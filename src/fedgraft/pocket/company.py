@@ -19,7 +19,7 @@ from random import Random
 
 from pydantic import BaseModel
 
-from fedgraft.evaluation.instructions import KINDS
+from fedgraft.evaluation.instructions import KINDS, Kind
 from fedgraft.evaluation.knowledge import Question
 from fedgraft.pocket.entities import Company, Fact, Part
 from fedgraft.pocket.exercises import (
@@ -101,6 +101,7 @@ def dialogues(company: Company, part: Part, seed: int) -> list[Dialogue]:
     for group, count in NUM_SCORED.items():
         ours = rng.sample(facts[group], len(facts[group]))
         for number in range(count):
+            kinds: tuple[Kind, ...]
             if group == "unseen_pairs":
                 kinds = unseen[number % len(unseen)]
             elif rng.random() < 0.6:

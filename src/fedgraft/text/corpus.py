@@ -113,15 +113,16 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
 def _read(file: Path, field: str) -> Iterator[Document]:
     if file.suffix == ".jsonl":
         for number, row in read_json_lines(file):
-            if not isinstance(row.get(field), str):
+            text = row.get(field)
+            if not isinstance(text, str):
                 raise CorpusError(
                     f"{file}, line {number}: expected text in the field {field!r}, found the "
                     f"fields {', '.join(map(repr, row)) or 'none'}; name the right field or mend "
                     "the line"
                 )
-            if row[field].strip():
+            if text.strip():
                 name = str(row.get("id", f"{file.name}:{number}"))
-                yield Document(id=name, text=row[field], source=file.name)
+                yield Document(id=name, text=text, source=file.name)
     else:
         text = _decode(file.read_bytes(), file)
         if text.strip():

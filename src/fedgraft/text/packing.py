@@ -11,7 +11,7 @@ positions by itself. A mask of ones, or a cache, would let them see each other.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
@@ -39,8 +39,8 @@ class Rows:
     input_ids: Ints
     position_ids: Ints
     labels: Ints
-    num_tokens: int
-    """Tokens that are not padding."""
+    lengths: Ints
+    """Tokens of each row that are not padding, [b rows]."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,6 +51,20 @@ class Rows:
             "position_ids": self.position_ids[row],
             "labels": self.labels[row],
         }
+
+    def take(self, rows: NDArray[np.int64]) -> "Rows":
+        """The rows of these numbers, in their order; a number may come more than once."""
+        return Rows(
+            input_ids=self.input_ids[rows],
+            position_ids=self.position_ids[rows],
+            labels=self.labels[rows],
+            lengths=self.lengths[rows],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.lengths.sum())
 
     @property
     def row_length(self) -> int:
@@ -68,8 +82,10 @@ class Rows:
 
     @property
     def content_hash(self) -> str:
+        """Hash over the row length and every id, position and label."""
         arrays = (self.input_ids, self.position_ids, self.labels)
-        return hash_bytes(*(np.ascontiguousarray(array) for array in arrays))
+        shape = np.array(self.input_ids.shape, np.int64)
+        return hash_bytes(shape, *(np.ascontiguousarray(array) for array in arrays))
 
 
 def pack(
@@ -133,7 +149,7 @@ def pack_pieces(
         input_ids=input_ids,
         position_ids=position_ids,
         labels=labels,
-        num_tokens=sum(len(ids) for ids, _ in pieces),
+        lengths=np.array([sum(len(pieces[m][0]) for m in row) for row in rows], np.int32),
     )
 
 
@@ -156,10 +172,31 @@ def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Rows of equal length, one after the other."""
-    join: Callable[[str], Ints] = lambda name: np.concatenate([getattr(p, name) for p in parts])  # noqa: E731
     return Rows(
-        input_ids=join("input_ids"),
-        position_ids=join("position_ids"),
-        labels=join("labels"),
-        num_tokens=sum(part.num_tokens for part in parts),
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        position_ids=np.concatenate([part.position_ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
     )
+
+
+def mix(parts: Sequence[tuple[Rows, float]], *, num_rows: int, seed: int) -> Rows:
+    """So many rows, drawn from each part by its share; a part is repeated, each time in new order.
+
+    Raises CorpusError where the shares are not positive.
+    """
+    if not parts or min(share for _, share in parts) <= 0:
+        raise CorpusError(
+            f"expected shares above zero, found {[share for _, share in parts]}; leave out a part "
+            "that should not be read"
+        )
+    rng = np.random.default_rng(seed)
+    total = sum(share for _, share in parts)
+    chosen = []
+    for rows, share in parts:
+        count = round(num_rows * share / total)
+        epochs = -(-count // len(rows))
+        order = np.concatenate([rng.permutation(len(rows)) for _ in range(max(1, epochs))])
+        chosen.append(rows.take(order[:count]))
+    joined = concatenate(chosen)
+    return joined.take(rng.permutation(len(joined)))

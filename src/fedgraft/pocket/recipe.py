@@ -1,0 +1,229 @@
+"""How the embedded family is made, from text to two checkpoints: `make pocket` runs it.
+
+    tokenizer    byte-level BPE, 4,096 tokens, on English and the company's year 1
+    base         Qwen2 architecture, random weights, pre-trained on the mixture below
+    instruct     the base tuned on dialogues: the company's and Dolly's short ones
+
+English comes from `FEDGRAFT_DATA` (textbooks, classic books, stories) and is not part of fedgraft.
+The base never reads the departments' texts of that folder, nor anything about the company's year 2.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+from fedgraft.errors import CorpusError, FedgraftError
+from fedgraft.models import save_model
+from fedgraft.pocket.company import (
+    SEED,
+    pages_of_year,
+    training_dialogues,
+    training_exercises,
+)
+from fedgraft.pocket.entities import Company
+from fedgraft.pocket.pages import chat_exports, writing_desk_pages
+from fedgraft.provenance import derive_seed, new_artefact
+from fedgraft.text.corpus import Document, read_json_lines
+from fedgraft.text.dialogues import Dialogue, Message, encode, pack_dialogues
+from fedgraft.text.packing import Rows, mix, pack
+from fedgraft.training.pretrain import continue_pretraining
+from fedgraft.training.trainer import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_LENGTH = 256
+VOCABULARY = 4096
+END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SHARES = {"english": 0.45, "pages": 0.33, "writing desk": 0.19, "chat exports": 0.03}
+"""What the base reads, by share of rows."""
+NUM_DESK_EXERCISES = 6000
+NUM_CHATS = 800
+DOLLY_SHARE = 0.2
+MAX_DOLLY_CHARACTERS = 500
+ENGLISH_CHARACTERS = 14_000_000
+
+PRETRAIN = TrainingSettings(num_tokens=9_000_000, learning_rate=2e-3, weight_decay=0.05, seed=SEED)
+TUNE = TrainingSettings(num_tokens=1_600_000, learning_rate=5e-4, weight_decay=0.0, seed=SEED)
+
+
+def build(data: Path, out: Path) -> None:
+    """Make both checkpoints in `out`; stages that are done already are not done again.
+
+    Raises CorpusError where the data folder lacks a text.
+    """
+    company = Company.found(SEED)
+    english = english_documents(data)
+    year1 = pages_of_year(company, 1, SEED)
+    desk = writing_desk_pages(
+        training_exercises(company, NUM_DESK_EXERCISES, SEED), _rng("writing desk")
+    )
+    chats = chat_exports(NUM_CHATS, _rng("chats"), _plain_questions(company))
+    start = out / "start"
+    if not start.exists():
+        tokenizer = train_tokenizer(d.text for d in [*english[: len(english) // 3], *year1, *desk])
+        with new_artefact(start) as partial:
+            save_model(random_model(), tokenizer, partial)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    if not (out / "base").exists():
+        sources = {"english": english, "pages": year1, "writing desk": desk, "chat exports": chats}
+        rows = mix(
+            [(pack(tokenizer, sources[name], ROW_LENGTH), share) for name, share in SHARES.items()],
+            num_rows=PRETRAIN.num_tokens // ROW_LENGTH,
+            seed=SEED,
+        )
+        continue_pretraining(start, rows, out / "base", PRETRAIN)
+    if not (out / "instruct").exists():
+        rows = tuning_rows(tokenizer, company, data)
+        continue_pretraining(out / "base", rows, out / "instruct", TUNE)
+
+
+def random_model() -> Qwen2ForCausalLM:
+    """The untrained model: 2.4M parameters, tied embeddings."""
+    set_seed(SEED)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        num_hidden_layers=4,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.generation_config.eos_token_id = [0, 2]
+    return model
+
+
+def train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE with the three special tokens first."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tuning_rows(tokenizer: "PreTrainedTokenizerBase", company: Company, data: Path) -> Rows:
+    """The company's dialogues and Dolly's short ones, mixed."""
+    ours = pack_dialogues(tokenizer, training_dialogues(company, SEED), ROW_LENGTH)
+    dolly = [
+        dialogue
+        for dialogue in dolly_dialogues(data)
+        if len(encode(tokenizer, dialogue)[0]) <= ROW_LENGTH
+    ]
+    theirs = pack_dialogues(tokenizer, dolly, ROW_LENGTH)
+    return mix(
+        [(ours, 1 - DOLLY_SHARE), (theirs, DOLLY_SHARE)],
+        num_rows=TUNE.num_tokens // ROW_LENGTH,
+        seed=SEED,
+    )
+
+
+def english_documents(data: Path) -> list[Document]:
+    """Textbooks, classic books and stories in pieces of about 900 characters, shuffled."""
+    texts = [
+        *_texts(data / "pretrain" / "openstax_textbooks.jsonl.gz"),
+        *_texts(data / "pretrain" / "classic_books.jsonl.gz"),
+        *_texts(data / "pretrain" / "tinystories_sample.jsonl"),
+    ]
+    pieces = [piece for text in texts for piece in _pieces(text, 900)]
+    _rng("english").shuffle(pieces)
+    kept, size = [], 0
+    for number, piece in enumerate(pieces):
+        if size > ENGLISH_CHARACTERS:
+            break
+        kept.append(Document(id=f"english/{number:06d}", text=piece, source="english"))
+        size += len(piece)
+    return kept
+
+
+def dolly_dialogues(data: Path) -> Iterator[Dialogue]:
+    """Dolly's questions without context that fit a row."""
+    for number, row in read_json_lines(data / "instruct" / "databricks-dolly-15k.jsonl"):
+        asked, answer = str(row["instruction"]).strip(), str(row["response"]).strip()
+        short = len(asked) + len(answer) <= MAX_DOLLY_CHARACTERS
+        if short and answer and not row["context"]:
+            messages = (
+                Message(role="user", content=asked),
+                Message(role="assistant", content=answer),
+            )
+            yield Dialogue(id=f"dolly/{number}", messages=messages)
+
+
+def _plain_questions(company: Company) -> list[str]:
+    rng = _rng("plain questions")
+    facts = company.facts("train", "old")
+    return [fact.say(rng.choice(fact.attribute.questions)) for fact in facts]
+
+
+def _texts(file: Path) -> Iterator[str]:
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except FileNotFoundError as error:
+        raise CorpusError(
+            f"expected English text to pre-train on at {file}, found nothing there; set "
+            "FEDGRAFT_DATA to the folder with the data"
+        ) from error
+    for line in data.decode().splitlines():
+        yield json.loads(line)["text"]
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Whole paragraphs up to about so many characters; scraps under 100 are left out."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > size:
+            yield piece
+            piece = ""
+        piece += ("\n\n" if piece else "") + paragraph[: 2 * size]
+    if len(piece) >= 100:
+        yield piece
+
+
+def _rng(label: str) -> Random:
+    return Random(derive_seed(SEED, "recipe", label))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the embedded family from text.")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of FEDGRAFT_DATA")
+    parser.add_argument("--out", type=Path, required=True, help="gets start/, base/, instruct/")
+    arguments = parser.parse_args()
+    try:
+        build(arguments.data, arguments.out)
+    except FedgraftError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
