@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,9 +146,7 @@ class Checkpoint(TensorFiles):
     ) -> None:
         super().__init__(path, tensors)
         self.config = config
-        declared = config.get("tie_word_embeddings")
-        self.tied: bool = OUTPUT_LAYER not in tensors if declared is None else bool(declared)
-        """Whether the output layer is the embedding itself, which then stands in `tensors` once."""
+        self.tied = is_tied(config, tensors)
         if self.tied and OUTPUT_LAYER in tensors:
             self._drop_tied_copy()
 
@@ -203,6 +201,12 @@ def each_tensor(label: str, names: Iterable[str], work: Callable[[str], T]) -> d
             disable=not console.is_terminal,
         )
         return dict(zip(ordered, results, strict=True))
+
+
+def is_tied(config: Mapping[str, Any], names: Container[str]) -> bool:
+    """Whether the output layer is the embedding; a silent config leaves it to the tensors."""
+    declared = config.get("tie_word_embeddings")
+    return OUTPUT_LAYER not in names if declared is None else bool(declared)
 
 
 def resolve(source: str | Path) -> Path:
@@ -354,8 +358,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if spans[name] != expected:
             raise CheckpointError(
                 f"{file}: expected tensor {name!r} of {info.dtype} {list(info.shape)} to fill "
-                f"bytes {expected[0]} to {expected[1]}, found {list(spans[name])}: the header leaves a "
-                "gap, overlaps or has another shape. Fetch the file again"
+                f"bytes {list(expected)}, found {list(spans[name])}: the header leaves a gap, "
+                "overlaps or has another shape. Fetch the file again"
             )
         position = expected[1]
     if 8 + length + position != size:

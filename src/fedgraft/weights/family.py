@@ -1,0 +1,164 @@
+"""Proof that two checkpoints can be subtracted: one architecture, vocabulary and set of tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgraft.errors import CheckpointError, FamilyError
+from fedgraft.weights.checkpoint import Checkpoint, TensorInfo, is_tied
+from fedgraft.weights.vocabulary import Vocabulary
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+"""Sizes in a config. The heads matter: no tensor's shape tells 4 heads of 16 from 8 heads of 8."""
+
+ROW_TENSORS = (
+    "embed_tokens.weight",
+    "embed_in.weight",
+    "wte.weight",
+    "lm_head.weight",
+    "lm_head.bias",
+    "embed_out.weight",
+)
+"""Ends of the names of tensors with a row for each token; only they may have padding rows."""
+
+ARITHMETIC_DTYPES = ("F32", "F16", "BF16")
+"""Dtypes that float32 holds exactly; a quantised tensor cannot be subtracted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anatomy:
+    """What two sets of weights must have in common before one is added to the other."""
+
+    architecture: str
+    sizes: Mapping[str, Any]
+    tied: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+    ) -> "Anatomy":
+        """Put together the facts; `folder` holds the tokenizer.
+
+        Raises CheckpointError where a tensor cannot be computed with, or there is no tokenizer.
+        """
+        for name, info in tensors.items():
+            if info.dtype not in ARITHMETIC_DTYPES:
+                raise CheckpointError(
+                    f"{info.file}: expected weights of {', '.join(ARITHMETIC_DTYPES)}, found "
+                    f"tensor {name!r} of {info.dtype}; take the model before it was quantised"
+                )
+        rows = [info.shape[0] for name, info in tensors.items() if has_rows(name)]
+        if not rows or len(set(rows)) > 1:
+            raise CheckpointError(
+                f"{folder}: expected an embedding and an output layer with a row for each token, "
+                f"found {rows or 'none'} rows; is this a causal language model?"
+            )
+        return cls(
+            architecture=str((config.get("architectures") or [config["model_type"]])[0]),
+            sizes={key: config[key] for key in SIZES if config.get(key) is not None},
+            tied=is_tied(config, tensors),
+            shapes={name: info.shape for name, info in tensors.items()},
+            vocabulary=Vocabulary.read(folder, rows[0]),
+        )
+
+    def first_difference(self, other: "Anatomy") -> str | None:
+        """Say what differs, with both values; None where arithmetic is sound.
+
+        A size that only one config states is left to the shapes. Rows of the embedding may differ.
+        """
+        if self.architecture != other.architecture:
+            return f"the architecture is {self.architecture} and {other.architecture}"
+        for size in SIZES:
+            if size in self.sizes and size in other.sizes and self.sizes[size] != other.sizes[size]:
+                return f"{size} is {self.sizes[size]} and {other.sizes[size]}"
+        if self.tied != other.tied:
+            return f"the embeddings are {_tied(self.tied)} and {_tied(other.tied)}"
+        for name in sorted(self.shapes.keys() | other.shapes.keys()):
+            if name not in self.shapes or name not in other.shapes:
+                lacking = "first" if name not in self.shapes else "second"
+                return f"tensor {name!r} is missing in the {lacking}"
+            a, b = self.shapes[name], other.shapes[name]
+            if a[has_rows(name) :] != b[has_rows(name) :]:
+                return f"tensor {name!r} has shape {list(a)} and {list(b)}"
+        return self.vocabulary.first_difference(other.vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A base and the instruct model that was tuned from it."""
+
+    base: Checkpoint
+    instruct: Checkpoint
+    anatomy: Anatomy
+    """Of the instruct side."""
+
+    @classmethod
+    def open(cls, base: str | Path, instruct: str | Path) -> "Family":
+        """Open both and prove that they are of one build.
+
+        Raises FamilyError naming the first difference, CheckpointError where one cannot be read.
+        """
+        first, second = Checkpoint.open(base), Checkpoint.open(instruct)
+        anatomy = anatomy_of(second)
+        difference = anatomy_of(first).first_difference(anatomy)
+        if difference:
+            raise FamilyError(
+                f"{base} and {instruct} are not one family: {difference}. Take the base that this "
+                "instruct model was tuned from"
+            )
+        return cls(base=first, instruct=second, anatomy=anatomy)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.anatomy.vocabulary.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return self.anatomy.vocabulary.num_rows
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the instruct model; tied embeddings are counted once."""
+        return self.instruct.num_parameters
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return (fact, value) rows for a person."""
+        sizes = self.anatomy.sizes
+        dtypes = sorted({info.dtype for info in self.instruct.tensors.values()})
+        return [
+            ("architecture", self.anatomy.architecture),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("tensors", f"{len(self.instruct.tensors)}, {' and '.join(dtypes)}"),
+            ("layers", f"{sizes.get('num_hidden_layers', '?')} of {sizes.get('hidden_size', '?')}"),
+            ("tokens", f"{self.num_tokens:,} in {self.num_rows:,} rows"),
+            ("embeddings", _tied(self.anatomy.tied)),
+        ]
+
+
+def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
+    return Anatomy.of(checkpoint.path, checkpoint.config, checkpoint.tensors)
+
+
+def has_rows(name: str) -> bool:
+    """Whether the tensor has a row for each token."""
+    return name.endswith(ROW_TENSORS)
+
+
+def _tied(tied: bool) -> str:
+    return "tied" if tied else "not tied"
