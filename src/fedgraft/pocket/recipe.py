@@ -194,7 +194,7 @@ def _texts(file: Path) -> Iterator[str]:
             f"expected English text to pre-train on at {file}, found nothing there; set "
             "FEDGRAFT_DATA to the folder with the data"
         ) from error
-    for line in data.decode().splitlines():
+    for line in data.splitlines():
         yield json.loads(line)["text"]
 
 

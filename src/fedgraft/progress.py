@@ -1,0 +1,63 @@
+"""Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Advance(Protocol):
+    """Call it with how much was done; `note` stands behind the rate, e.g. the loss."""
+
+    def __call__(self, amount: float, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
+    """Show how far `label` has come towards `total` units; goes to standard error."""
+    yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
+
+
+def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, rate="", note="")
+
+        def advance(amount: float, note: str = "") -> None:
+            done = bar.tasks[task].completed + amount
+            rate = f"{done / max(time.monotonic() - start, 1e-9):,.0f} {unit}/s"
+            bar.update(task, advance=amount, rate=rate, note=note)
+
+        yield advance
+
+
+def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
+    start = last = time.monotonic()
+    done = 0.0
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            rate = done / (now - start)
+            left = (total - done) / rate if rate else 0.0
+            parts = [f"{done / total:.0%}", f"{rate:,.0f} {unit}/s", f"{left:.0f} s left", note]
+            print(f"{label}: " + ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
+
+    yield advance

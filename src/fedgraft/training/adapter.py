@@ -1,0 +1,125 @@
+"""LoRA adapters (arXiv 2106.09685): a department's own small change to a model that stays as it is.
+
+The only caller of peft. An adapter is bound to the weights it was trained on by their content hash.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
+
+from fedgraft.errors import ResidualError, TrainingError
+from fedgraft.models import open_model
+from fedgraft.provenance import Record, new_artefact
+from fedgraft.text.packing import Rows
+from fedgraft.training.pretrain import work_directory
+from fedgraft.training.trainer import TrainingSettings, train
+from fedgraft.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class AdapterSettings(TrainingSettings):
+    """Training, and the size of the adapter."""
+
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
+    """The change is `alpha / rank * B A`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+def train_adapter(
+    model: str | Path,
+    rows: Rows,
+    out: Path,
+    settings: AdapterSettings,
+    *,
+    department: str | None = None,
+    overwrite: bool = False,
+    label: str = "adapter",
+) -> Path:
+    """Train LoRA factors on every linear layer but the output and write a PEFT directory.
+
+    The model on disk is only read. B starts at zero, so an untrained adapter changes no logit.
+    Resumes as `continue_pretraining` does.
+
+    Raises ArtefactError where `out` exists, TrainingError for a rank above the smallest layer.
+    """
+    source = Checkpoint.open(model)
+    inputs = {"model": source.content_hash, "rows": rows.content_hash}
+    with new_artefact(out, overwrite=overwrite) as partial:
+        workdir = work_directory(out, inputs, settings)
+        adapted = _add_factors(open_model(source.path), settings)
+        outcome = train(adapted, rows, settings, workdir, label=label)
+        adapted.save_pretrained(partial)
+        _forget_path(partial)
+        Record.make(
+            "adapter",
+            inputs=inputs,
+            settings={**settings.model_dump(), "department": department},
+            figures=asdict(outcome),
+        ).write(partial)
+    shutil.rmtree(workdir, ignore_errors=True)
+    return out
+
+
+def open_adapted(model: str | Path, adapter: Path) -> "PreTrainedModel":
+    """The model with the adapter attached.
+
+    Raises ResidualError where the adapter was trained on other weights, or is none.
+    """
+    record = Record.read(adapter)
+    if record is None or record.kind != "adapter":
+        raise ResidualError(
+            f"{adapter}: expected an adapter made by fedgraft (with fedgraft.json), found none; "
+            "name the directory that `fedgraft adapt` wrote"
+        )
+    source = Checkpoint.open(model)
+    if source.content_hash != record.inputs["model"]:
+        raise ResidualError(
+            f"{adapter}: was trained on the model {record.inputs['model'][:19]}..., found "
+            f"{model} with {source.content_hash[:19]}...; attach it to the model it was trained on"
+        )
+    return PeftModel.from_pretrained(open_model(source.path), adapter).eval()
+
+
+def merge_adapter(adapted: "PreTrainedModel") -> "PreTrainedModel":
+    """The plain model with the adapter's change added to its weights."""
+    assert isinstance(adapted, PeftModel)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
+
+
+def _add_factors(model: "PreTrainedModel", settings: AdapterSettings) -> PeftModel:
+    linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    smallest = min(min(layer.weight.shape) for layer in linear)
+    if settings.rank > smallest:
+        raise TrainingError(
+            f"expected a rank of at most {smallest}, the model's narrowest layer, found "
+            f"{settings.rank}; choose a smaller one"
+        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return get_peft_model(model, config)
+
+
+def _forget_path(folder: Path) -> None:
+    """Take this machine's path out of the adapter's config, and put its keys in order."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_bytes()) | {"base_model_name_or_path": None}
+    config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
