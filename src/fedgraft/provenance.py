@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RECORD = "fedgraft.json"
 LIBRARIES = ("numpy", "torch", "transformers", "peft")
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 Kind = Literal["checkpoint", "residual", "graft", "adapter", "stage", "company"]
 

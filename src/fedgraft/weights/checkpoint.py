@@ -9,25 +9,24 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from fedgraft.errors import CheckpointError
+from fedgraft.progress import Advance, progress
 from fedgraft.provenance import Record
 
 Array = NDArray[Any]
-T = TypeVar("T")
 
 BLOCK_ELEMENTS = 1 << 17
 """Numbers in a block: 256 KB of bfloat16, 512 KB of float32."""
@@ -51,6 +50,8 @@ CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+SHOWN_FROM = 500.0
+"""Megabytes from which on progress is shown; fewer take less than a second."""
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -114,7 +115,9 @@ class TensorFiles:
     @cached_property
     def content_hash(self) -> str:
         """Hash of names, dtypes, shapes and numbers: the same for any layout in files."""
-        each_tensor("hashing", self.tensors.keys() - self._digests.keys(), self._exhaust)
+        unread = self.tensors.keys() - self._digests.keys()
+        sizes = {name: self.tensors[name].num_bytes for name in unread}
+        each_tensor(f"hashing {self.path.name}", sizes, self._exhaust)
         nothing = hashlib.sha256().digest()
         facts = [
             (name, info.dtype, info.shape, self._digests.get(name, nothing).hex())
@@ -187,20 +190,17 @@ class Checkpoint(TensorFiles):
         )
 
 
-def each_tensor(label: str, names: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
-    """Return `work(name)` for each tensor, on a few cores, in the order of the names."""
-    ordered = sorted(names)
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        results = track(
-            pool.map(work, ordered),
-            label,
-            total=len(ordered),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        return dict(zip(ordered, results, strict=True))
+def each_tensor(label: str, num_bytes: Mapping[str, int], work: Callable[[str], object]) -> None:
+    """Do `work` for each tensor, in the order of the names, a few at a time."""
+    ordered = sorted(num_bytes)
+    megabytes = sum(num_bytes.values()) / 1e6
+    silence = nullcontext[Advance](lambda *_, **__: None)
+    with (
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+        progress(label, megabytes, "MB") if megabytes > SHOWN_FROM else silence as advance,
+    ):
+        for name, _ in zip(ordered, pool.map(work, ordered), strict=True):
+            advance(num_bytes[name] / 1e6)
 
 
 def is_tied(config: Mapping[str, Any], names: Container[str]) -> bool:

@@ -93,7 +93,7 @@ def write_tensors(
                     left = left[stream.write(left) :]
         assert num_written == num_bytes[name], f"{name}: {num_written} of {num_bytes[name]} bytes"
 
-    each_tensor("writing", layout, write)
+    each_tensor(f"writing {prefix}", num_bytes, write)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
