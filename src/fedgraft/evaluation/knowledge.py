@@ -1,0 +1,77 @@
+"""Does a model know a fact: asked as text to be completed, as a base model can be asked.
+
+(Through the chat template the same facts are asked by dialogues without constraints, see
+`following`.)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedgraft.errors import EvaluationError
+from fedgraft.evaluation.answers import answer
+from fedgraft.evaluation.instructions import contains
+from fedgraft.text.corpus import read_json_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 24
+
+
+class Question(BaseModel):
+    """The beginning of a text whose next line holds the answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    prompt: str
+    accepted: tuple[str, ...]
+    """Phrases, any of which is right."""
+    department: str | None = None
+    group: str = ""
+    """E.g. `old` or `new` facts."""
+
+
+def load_questions(path: str | Path) -> tuple[Question, ...]:
+    """Read one question a line.
+
+    Raises CorpusError for a line that is no JSON object, EvaluationError (file, line) for one that
+    is no question, and for a file without any.
+    """
+    questions = []
+    for number, row in read_json_lines(Path(path)):
+        try:
+            questions.append(Question.model_validate(row))
+        except ValidationError as error:
+            raise EvaluationError(
+                f"{path}, line {number}: expected a question with the fields "
+                f"{', '.join(Question.model_fields)}, found {error.errors()[0]['msg']} at "
+                f"{error.errors()[0]['loc']}; mend the line"
+            ) from error
+    if not questions:
+        raise EvaluationError(f"{path}: expected at least one question, found none")
+    return tuple(questions)
+
+
+def is_right(text: str, accepted: Sequence[str]) -> bool:
+    """Whether one of the accepted phrases stands in the text, on its own, in any case."""
+    return any(contains(text, phrase) for phrase in accepted)
+
+
+def recall(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    *,
+    label: str = "recall",
+) -> list[bool]:
+    """For each question, whether the first line of the model's greedy completion is right."""
+    prompts = [tokenizer.encode(q.prompt, add_special_tokens=False) for q in questions]
+    texts = answer(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, label=label)
+    return [
+        is_right(text.strip().split("\n")[0], question.accepted)
+        for text, question in zip(texts, questions, strict=True)
+    ]
