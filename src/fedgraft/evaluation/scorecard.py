@@ -129,9 +129,11 @@ def _marks_scores(marks: Sequence[Marks]) -> dict[str, Score]:
     instructed = [m for m in marks if m.dialogue.constraints]
     plain = [m for m in marks if not m.dialogue.constraints]
     scores: dict[str, Score] = {}
-    groups = dict.fromkeys(m.dialogue.group for m in instructed)
-    parts = {"": instructed}
-    parts |= {f"/{group}": [m for m in instructed if m.dialogue.group == group] for group in groups}
+    parts: dict[str, list[Marks]] = {"": instructed}
+    for m in instructed:
+        for part in (m.dialogue.group, m.dialogue.department):
+            if part:
+                parts.setdefault(f"/{part}", []).append(m)
     figures: dict[str, Callable[[Marks], Sequence[bool]]] = {
         "prompt_strict": lambda m: [all(m.strict)],
         "prompt_loose": lambda m: [all(m.loose)],

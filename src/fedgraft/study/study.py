@@ -1,0 +1,150 @@
+"""A study file: the question, the family, the text, and the settings of every arm.
+
+Paths may name a place, `pocket:base` or `data:dept/hr.jsonl`; the caller says where places are.
+Others are relative to the study file. A model may also be a name on the hub.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedgraft.errors import StudyError
+from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
+from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
+from fedgraft.study.cost import Tuning
+from fedgraft.training.adapter import AdapterSettings
+from fedgraft.training.trainer import TrainingSettings
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FamilyPart(_Part):
+    base: str
+    instruct: str
+
+
+class Texts(_Part):
+    """Where text comes from, and the field that holds it in JSONL."""
+
+    corpus: tuple[str, ...] = Field(min_length=1)
+    field: str = "text"
+
+
+class Replay(Texts):
+    """Old text that is mixed in, so that less is forgotten."""
+
+    share: float = Field(gt=0, lt=1)
+
+
+class Scored(_Part):
+    """Material of one kind for choosing (validation) and for reporting (test)."""
+
+    validation: str
+    test: str
+
+
+class ScaleSearch(_Part):
+    """Scales to try on the validation split; the best by `metric` is used."""
+
+    grid: tuple[float, ...] = (1.0,)
+    metric: str = RIGHT_AND_FOLLOWED
+
+
+class EvaluationPart(_Part):
+    """How arms are scored."""
+
+    window: int = Field(default=256, ge=16)
+    max_new_tokens: int = Field(default=48, gt=0)
+    max_documents: int | None = Field(default=None, gt=0)
+    """Held-out documents a department at most, the first by hash; all where None."""
+    max_dialogues: int | None = Field(default=None, gt=0)
+    """Dialogues in the search for the scale at most; the reported test set is never cut."""
+
+
+class Study(_Part):
+    """Everything that a run needs; read from YAML."""
+
+    name: str
+    question: str
+    family: FamilyPart
+    departments: dict[str, Texts] = Field(min_length=1)
+    replay: Replay | None = None
+    dialogues: Scored | None = None
+    questions: Scored | None = None
+    row_length: int = Field(default=256, ge=16)
+    pretrain: TrainingSettings
+    scale: ScaleSearch = ScaleSearch()
+    adapters: AdapterSettings | None = None
+    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
+    evaluation: EvaluationPart = EvaluationPart()
+    gate: tuple[Rule, ...] = DEFAULT_RULES
+    tuning: Tuning | None = None
+    """The instruction tuning that the family's makers did, for comparing costs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are given twice in {list(self.seeds)}")
+        if len(self.scale.grid) > 1 and self.dialogues is None:
+            raise ValueError("a search for the scale needs dialogues (validation and test)")
+        return self
+
+    @classmethod
+    def load(cls, file: str | Path, places: Mapping[str, Path]) -> "Study":
+        """Read a study file and find every path that it names.
+
+        Raises StudyError with *all* faults at once: unknown and missing keys, values out of their
+        bounds, unknown places, paths that lead nowhere.
+        """
+        path = Path(file)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise StudyError(f"{file}: expected a study in YAML, found: {error}") from error
+        try:
+            study = cls.model_validate(content)
+        except ValidationError as error:
+            faults = [
+                f"  {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
+                for fault in error.errors()
+            ]
+            raise StudyError(
+                f"{file}: expected a study, found {len(faults)} faults:\n" + "\n".join(faults)
+            ) from error
+        return study._resolved(path, places)
+
+    def _resolved(self, file: Path, places: Mapping[str, Path]) -> "Study":
+        faults: list[str] = []
+
+        def find(name: str, *, model: bool = False) -> str:
+            place, colon, rest = name.partition(":")
+            if colon and place not in places:
+                known = ", ".join(f"{p}:" for p in places) or "none"
+                faults.append(f"  {name}: no place is called {place!r} (known: {known})")
+                return name
+            found = places[place] / rest if colon else file.absolute().parent / name
+            if not found.exists() and not (model and not colon and name.count("/") == 1):
+                faults.append(f"  {name}: there is nothing at {found}")
+            return str(found) if colon or found.exists() else name
+
+        def resolve(value: Any, key: str = "") -> Any:
+            match value:
+                case dict():
+                    return {name: resolve(one, name) for name, one in value.items()}
+                case tuple() | list() if key == "corpus":
+                    return tuple(find(one) for one in value)
+                case str() if key in ("base", "instruct"):
+                    return find(value, model=True)
+                case str() if key in ("validation", "test"):
+                    return find(value)
+            return value
+
+        content = resolve(self.model_dump())
+        if faults:
+            raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
+        return Study.model_validate(content)
