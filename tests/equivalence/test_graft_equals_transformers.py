@@ -1,5 +1,6 @@
 """A streamed graft is what transformers gives by adding state dicts: float32, rounded once."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import extract
+from fedgraft.weights.writer import write_tensors
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -25,6 +27,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_graft_equals_the_arithmetic_of_transformers_bit_for_bit(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     architecture: Architecture,
     tied: bool,
     max_shard_size: str,
@@ -40,8 +43,13 @@ def test_a_graft_equals_the_arithmetic_of_transformers_bit_for_bit(
 
     family = Family.open(base, instruct)
     extract(family, tmp_path / "residual")
+    if max_shard_size == "20KB":
+        in_shards = partial(write_tensors, max_shard_bytes=20_000)
+        monkeypatch.setattr("fedgraft.weights.graft.write_tensors", in_shards)
     out = graft(target, tmp_path / "residual", tmp_path / "graft", scale=0.7)
 
+    assert (out / "model.safetensors").exists() is (max_shard_size == "5GB")
+    assert (base / "model.safetensors").exists() is (max_shard_size == "5GB")
     model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
