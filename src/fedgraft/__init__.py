@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fedgraft.models import open_model as open_model
     from fedgraft.models import open_tokenizer as open_tokenizer
     from fedgraft.report.page import write_report as write_report
+    from fedgraft.study.arms import run as run
     from fedgraft.study.result import Result as Result
-    from fedgraft.study.run import run_study as run_study
     from fedgraft.study.study import Study as Study
     from fedgraft.text.corpus import Corpus as Corpus
     from fedgraft.text.dialogues import Dialogue as Dialogue
@@ -61,7 +61,7 @@ _HOME = {
     "open_tokenizer": "fedgraft.models",
     "pack": "fedgraft.text.packing",
     "pack_dialogues": "fedgraft.text.dialogues",
-    "run_study": "fedgraft.study.run",
+    "run": "fedgraft.study.arms",
     "train_adapter": "fedgraft.training.adapter",
     "write_report": "fedgraft.report.page",
 }

@@ -1,6 +1,6 @@
 """A file imports its own package and lower floors; a third-party library has one home.
 
-    0 errors provenance
+    0 errors provenance progress
     1 weights | text | models
     2 training | evaluation
     3 selection

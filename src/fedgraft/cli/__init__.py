@@ -1,0 +1,1 @@
+"""The command line: a thin verb each - parse, one call, print where the result is."""

@@ -1,0 +1,136 @@
+"""`fedgraft`: the verbs, and the one place where an error becomes a message and an exit code.
+
+Nothing heavy is imported here; each verb imports what it needs when it runs.
+"""
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fedgraft.cli import evaluation, studies, training, weights
+from fedgraft.errors import FedgraftError
+
+ORDER = (
+    *("quickstart", "family", "residual", "graft", "pretrain", "adapt", "evaluate", "study"),
+    *("report", "chat"),
+)
+"""The verbs as a newcomer meets them."""
+
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C ended: 128 + SIGINT."""
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: known errors end in one message, Ctrl-C in a word on how to go on."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # noqa: ARG002
+        return list(ORDER)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except FedgraftError as error:
+            typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+            typer.echo(error, err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo(
+                "\nstopped. What was finished is kept, nothing is half-written; "
+                "run the same command again to go on.",
+                err=True,
+            )
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+family = typer.Typer(no_args_is_help=True, help="check: prove that two checkpoints are one family.")
+residual = typer.Typer(
+    no_args_is_help=True, help="extract: subtract a base from its instruct model."
+)
+study = typer.Typer(
+    no_args_is_help=True, help="run: answer a question with arms, seeds and a report."
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from fedgraft.provenance import version
+
+        typer.echo(f"fedgraft {version()}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Start with  [bold cyan]fedgraft quickstart[/]  - no download, no data, no GPU needed."
+)
+def prepare(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Keep pre-training a base, graft its instructions back on, prove it.
+
+    residual = instruct - base
+    grafted  = further_pretrained(base) + scale * residual
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def example(command: str) -> str:
+    """The last line of a verb's help: a command to copy."""
+    return f"Example:  [bold cyan]{command}[/]"
+
+
+app.command(epilog=example("fedgraft quickstart --out runs/quickstart"))(studies.quickstart)
+app.add_typer(family, name="family")
+app.add_typer(residual, name="residual")
+app.command(
+    epilog=example("fedgraft graft runs/newer-base runs/residual --out runs/grafted --scale 1.0")
+)(weights.graft)
+app.command(
+    epilog=example(
+        "fedgraft pretrain Qwen/Qwen2-0.5B --data handbook/ --tokens 10M --out runs/newer-base"
+    )
+)(training.pretrain)
+app.command(
+    epilog=example(
+        "fedgraft adapt runs/grafted --department hr --data hr.jsonl --out runs/adapter-hr"
+    )
+)(training.adapt)
+app.command(
+    epilog=example("fedgraft evaluate runs/grafted --data hr=hr.jsonl --dialogues asked.jsonl")
+)(evaluation.evaluate)
+app.add_typer(study, name="study")
+app.command(epilog=example("fedgraft report runs/quickstart"))(studies.report)
+app.command(epilog=example("fedgraft chat pocket:instruct"))(evaluation.chat)
+
+family.command(epilog=example("fedgraft family check Qwen/Qwen2-0.5B Qwen/Qwen2-0.5B-Instruct"))(
+    weights.check
+)
+residual.command(
+    epilog=example("fedgraft residual extract pocket:base pocket:instruct --out runs/residual")
+)(weights.extract)
+study.command(epilog=example("fedgraft study run studies/pocket.yaml --out runs/pocket"))(
+    studies.run
+)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="fedgraft")
+
+
+if __name__ == "__main__":
+    main()

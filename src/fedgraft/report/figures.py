@@ -1,0 +1,225 @@
+"""Plots as inline SVG; the only home of matplotlib. Same numbers, same bytes.
+
+Colours are Okabe and Ito's, told apart by every kind of eye; no plot relies on them alone: what is
+drawn is labelled, or has its own mark. A missing number is written as `missing`, never drawn.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ed"
+GREY, BLUE, VERMILION, GREEN = "#8a94a3", "#0072b2", "#d55e00", "#009e73"
+PURPLE, ORANGE, SKY = "#cc79a7", "#e69f00", "#56b4e9"
+MARKS = ("o", "s", "D", "^", "v", "P", "X")
+WIDTH = 5.0
+"""Inches: narrow enough that the text of a plot stays readable on a phone."""
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedgraft",
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": SOFT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "xtick.color": SOFT,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """A named row of bars, a line or a set of dots."""
+
+    name: str
+    colour: str
+    x: Sequence[float | None]
+    """Values; None where one is missing."""
+    y: Sequence[float | None] = ()
+
+
+def bars(series: Sequence[Series], *, target: float | None = None, upper: float = 100) -> str:
+    """A bar a row to the mean of `x`, in percent; its dots are the seeds, its whisker their range.
+
+    `target` is a dashed line.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(0.75 + 0.42 * len(series))
+        for place, row in enumerate(series):
+            values = [value for value in row.x if value is not None]
+            if not values:
+                _missing(axes, 0, place)
+                continue
+            mean = fmean(values)
+            axes.barh(place, mean, height=0.56, color=row.colour, alpha=0.85)
+            if len(values) > 1:
+                axes.plot([min(values), max(values)], [place, place], color=INK, linewidth=1.3)
+                axes.plot(values, [place] * len(values), "o", color=INK, markersize=3)
+            axes.annotate(
+                f"{mean:.1f}",
+                (max([*values, mean]), place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                weight="bold",
+            )
+        if target is not None:
+            axes.axvline(target, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
+        axes.set_xlim(0, upper * 1.12)
+        axes.set_xticks([upper * share / 4 for share in range(5)])
+        axes.xaxis.set_major_formatter("{x:g} %")
+        _rows(axes, [row.name for row in series])
+        return _svg(figure)
+
+
+def changes(series: Sequence[Series], groups: Sequence[str], unit: str) -> str:
+    """Dots of several series a group, about a line at zero; `x` of a series follows `groups`."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(1.15 + 0.36 * len(groups) + 0.2 * ((len(series) + 2) // 3))
+        axes.axvline(0, color=SOFT, linewidth=1.2)
+        step = 0.5 / max(len(series) - 1, 1)
+        for number, row in enumerate(series):
+            offset = (number - (len(series) - 1) / 2) * step
+            places = [place + offset for place in range(len(groups))]
+            dots = [(value, y) for value, y in zip(row.x, places, strict=True) if value is not None]
+            axes.plot(
+                [value for value, _ in dots],
+                [y for _, y in dots],
+                MARKS[number % len(MARKS)],
+                color=row.colour,
+                markersize=6.5,
+                label=row.name,
+            )
+            for value, y in zip(row.x, places, strict=True):
+                if value is None:
+                    _missing(axes, 0, y, row.name)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_formatter(f"{{x:+g}}{unit}")
+        _rows(axes, groups)
+        _legend(axes, len(series))
+        return _svg(figure)
+
+
+def lines(
+    series: Sequence[Series], *, x_label: str, y_label: str, chosen: float | None = None
+) -> str:
+    """Curves of `y` over `x`; `chosen` is a place on the x axis that was picked."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(2.9)
+        for number, row in enumerate(series):
+            points = [
+                (x, y) for x, y in zip(row.x, row.y, strict=True) if x is not None and y is not None
+            ]
+            few = len(points) <= 20
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=row.colour,
+                linewidth=1.8,
+                marker=MARKS[number % len(MARKS)] if few else None,
+                markersize=5,
+                label=row.name,
+            )
+        if chosen is not None:
+            axes.axvline(chosen, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
+            axes.annotate(
+                f"chosen: {chosen:g}",
+                (chosen, 0.03),
+                xycoords=("data", "axes fraction"),
+                xytext=(5, 0),
+                textcoords="offset points",
+                color=SOFT,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(axis="y", labelcolor=SOFT)
+        _legend(axes, len(series))
+        return _svg(figure)
+
+
+def magnitudes(series: Sequence[Series], unit: str) -> str:
+    """A bar a row on a logarithmic axis: what differs by factors, with the number at its end."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(0.8 + 0.5 * len(series))
+        known = [value for row in series for value in row.x if value]
+        axes.set_xscale("log")
+        axes.set_xlim(min(known, default=1) / 10, max(known, default=10) * 60)
+        for place, row in enumerate(series):
+            value = row.x[0]
+            if not value:
+                _missing(axes, axes.get_xlim()[0], place)
+                continue
+            axes.barh(place, value, height=0.56, color=row.colour, alpha=0.85)
+            axes.annotate(
+                f"{value:.2g} {unit}",
+                (value, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                weight="bold",
+            )
+        _rows(axes, [row.name for row in series])
+        return _svg(figure)
+
+
+def _plot(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots()
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a plot, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")
+
+
+def _missing(axes: Axes, x: float, y: float, name: str = "") -> None:
+    axes.annotate(
+        f"{name} missing".strip(),
+        (x, y),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=SOFT,
+        style="italic",
+    )
+
+
+def _legend(axes: Axes, num_series: int) -> None:
+    if num_series > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, columnspacing=1.2)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element that can stand in a page beside others.
+
+    Ids are hashes of what they name, so equal ids in two plots mean equal things; ids that nothing
+    refers to, the date and the version of matplotlib are dropped.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).strip()
