@@ -111,17 +111,17 @@ def extract(
 
     def blocks(name: str) -> Iterator[Array]:
         seen = figures[name]
-        for before, after in zip(base.blocks(name), instruct.blocks(name), strict=False):
-            size = min(before.size, after.size)
-            a = before[:size].astype(np.float32, copy=False)
-            b = after[:size].astype(np.float32, copy=False)
-            seen.squared_base += squared_norm(a, name, base.path)
+        for old, new in zip(base.blocks(name), instruct.blocks(name), strict=False):
+            size = min(old.size, new.size)
+            before = old[:size].astype(np.float32, copy=False)
+            after = new[:size].astype(np.float32, copy=False)
             with np.errstate(invalid="ignore"):
-                residual = b - a
+                residual = after - before
+            seen.squared_base += squared_norm(before, name, base.path)
             seen.squared_residual += squared_norm(residual, name, instruct.path)
             block = residual.astype(DTYPES[stored], copy=False)
-            restored = a + block.astype(np.float32, copy=False)
-            seen.num_not_restored += _num_lost(restored, b, after[:size])
+            restored = before + block.astype(np.float32, copy=False)
+            seen.num_not_restored += _num_lost(restored, after, new[:size])
             yield block
 
     with new_artefact(out, overwrite=overwrite) as folder:

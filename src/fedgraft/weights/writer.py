@@ -99,7 +99,7 @@ def write_tensors(
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy a model's config, generation config, tokenizer and chat templates."""
     for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
+        for file in filter(Path.is_file, sorted(source.glob(pattern))):
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
