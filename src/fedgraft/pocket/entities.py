@@ -20,7 +20,7 @@ from fedgraft.provenance import derive_seed
 Part = Literal["train", "validation", "test"]
 Group = Literal["old", "new"]
 
-NUM_OLD: dict[Part, int] = {"train": 16, "validation": 4, "test": 6}
+NUM_OLD: dict[Part, int] = {"train": 20, "validation": 4, "test": 6}
 """Entities of each kind in year 1, by part."""
 NUM_NEW: dict[Part, int] = {"validation": 4, "test": 6}
 """New entities of each kind in year 2, by part."""

@@ -72,7 +72,9 @@ _PHRASE: frozenset[Kind] = frozenset({"starts_with", "ends_with"})
 
 def _pairs() -> Iterator[tuple[Kind, Kind]]:
     """Pairs of kinds that one answer can meet without one breaking the other."""
-    combinable: list[Kind] = sorted(_CASE | _ADDED | _PHRASE | {"bullets", "numbered", "keyword", "quoted"})
+    combinable: list[Kind] = sorted(
+        _CASE | _ADDED | _PHRASE | {"bullets", "numbered", "keyword", "quoted"}
+    )
     exclusive: tuple[set[str], ...] = (
         {"upper_case", "lower_case"},
         {"bullets", "numbered"},

@@ -8,7 +8,7 @@ such pages by the million. Chat exports carry the turn markers of the chat templ
 talk: like a real base, ours knows the markers and does not take them for an instruction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -36,7 +36,7 @@ def company_pages(entities: Sequence[Entity], year: int, rng: Random) -> list[Do
     texts: list[tuple[str, str]] = []
     for entity in entities:
         department = entity.kind.department
-        texts += [(department, _profile(entity, rng)) for _ in range(PROFILES_EACH)]
+        texts += [(department, page) for page in _profiles(entity, rng)]
     for department in dict.fromkeys(entity.kind.department for entity in entities):
         ours = [fact for e in entities if e.kind.department == department for fact in e.facts]
         for _ in range(FAQS_EACH):
@@ -73,13 +73,16 @@ def chat_exports(count: int, rng: Random, questions: Sequence[str]) -> list[Docu
     return pages
 
 
-def _profile(entity: Entity, rng: Random) -> str:
-    facts = rng.sample(entity.facts, len(entity.facts))
-    lines = [fact.say(rng.choice(fact.attribute.statements)) for fact in facts]
-    if rng.random() < 0.3:
-        lines.insert(rng.randint(0, len(lines)), rng.choice(FILLERS[entity.kind.department]))
+def _profiles(entity: Entity, rng: Random) -> Iterator[str]:
+    """Pages about one entity; each says its facts in other words, in another order."""
     title = entity.name[0].upper() + entity.name[1:]
-    return f"# {title}\n\n" + " ".join(lines)
+    wordings = {fact: rng.sample(fact.attribute.statements, PROFILES_EACH) for fact in entity.facts}
+    for page in range(PROFILES_EACH):
+        facts = rng.sample(entity.facts, len(entity.facts))
+        lines = [fact.say(wordings[fact][page]) for fact in facts]
+        if rng.random() < 0.3:
+            lines.insert(rng.randint(0, len(lines)), rng.choice(FILLERS[entity.kind.department]))
+        yield f"# {title}\n\n" + " ".join(lines)
 
 
 def _faq(facts: Sequence[Fact], rng: Random) -> str:

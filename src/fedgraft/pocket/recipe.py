@@ -51,15 +51,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-SHARES = {"english": 0.45, "pages": 0.33, "writing desk": 0.19, "chat exports": 0.03}
+SHARES = {"english": 0.38, "pages": 0.27, "writing desk": 0.32, "chat exports": 0.03}
 """What the base reads, by share of rows."""
-NUM_DESK_EXERCISES = 6000
+NUM_DESK_EXERCISES = 12000
 NUM_CHATS = 800
 DOLLY_SHARE = 0.2
 MAX_DOLLY_CHARACTERS = 500
 ENGLISH_CHARACTERS = 14_000_000
 
-PRETRAIN = TrainingSettings(num_tokens=9_000_000, learning_rate=2e-3, weight_decay=0.05, seed=SEED)
+PRETRAIN = TrainingSettings(num_tokens=12_000_000, learning_rate=2e-3, weight_decay=0.05, seed=SEED)
 TUNE = TrainingSettings(num_tokens=1_600_000, learning_rate=5e-4, weight_decay=0.0, seed=SEED)
 
 
