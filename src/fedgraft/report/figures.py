@@ -6,7 +6,7 @@ drawn is labelled, or has its own mark. A missing number is written as `missing`
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -19,6 +19,7 @@ INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ed"
 GREY, BLUE, VERMILION, GREEN = "#8a94a3", "#0072b2", "#d55e00", "#009e73"
 PURPLE, ORANGE, SKY = "#cc79a7", "#e69f00", "#56b4e9"
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 WIDTH = 5.0
 """Inches: narrow enough that the text of a plot stays readable on a phone."""
 
@@ -74,7 +75,7 @@ def bars(series: Sequence[Series], *, target: float | None = None, upper: float 
                 axes.plot([min(values), max(values)], [place, place], color=INK, linewidth=1.3)
                 axes.plot(values, [place] * len(values), "o", color=INK, markersize=3)
             axes.annotate(
-                f"{mean:.1f}",
+                f"{mean:.1f}%",
                 (max([*values, mean]), place),
                 xytext=(6, 0),
                 textcoords="offset points",
@@ -85,13 +86,13 @@ def bars(series: Sequence[Series], *, target: float | None = None, upper: float 
             axes.axvline(target, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
         axes.set_xlim(0, upper * 1.12)
         axes.set_xticks([upper * share / 4 for share in range(5)])
-        axes.xaxis.set_major_formatter("{x:g} %")
+        axes.xaxis.set_major_formatter("{x:g}%")
         _rows(axes, [row.name for row in series])
         return _svg(figure)
 
 
-def changes(series: Sequence[Series], groups: Sequence[str], unit: str) -> str:
-    """Dots of several series a group, about a line at zero; `x` of a series follows `groups`."""
+def changes(series: Sequence[Series], groups: Sequence[str]) -> str:
+    """Dots of several series a group, in percent about zero; `x` of a series follows `groups`."""
     with mpl.rc_context(STYLE):
         figure, axes = _plot(1.15 + 0.36 * len(groups) + 0.2 * ((len(series) + 2) // 3))
         axes.axvline(0, color=SOFT, linewidth=1.2)
@@ -112,56 +113,51 @@ def changes(series: Sequence[Series], groups: Sequence[str], unit: str) -> str:
                 if value is None:
                     _missing(axes, 0, y, row.name)
         axes.margins(x=0.12)
-        axes.xaxis.set_major_formatter(f"{{x:+g}}{unit}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
         _rows(axes, groups)
-        _legend(axes, len(series))
+        _legend(figure, axes)
         return _svg(figure)
 
 
 def lines(
-    series: Sequence[Series], *, x_label: str, y_label: str, chosen: float | None = None
+    series: Sequence[Series], *, x_label: str, y_label: str, chosen: Sequence[float] = ()
 ) -> str:
-    """Curves of `y` over `x`; `chosen` is a place on the x axis that was picked."""
+    """Curves of `y` over `x`; `chosen` are places on the x axis that were picked."""
     with mpl.rc_context(STYLE):
         figure, axes = _plot(2.9)
-        for number, row in enumerate(series):
+        names = list(dict.fromkeys(row.name for row in series))
+        for row in series:
             points = [
                 (x, y) for x, y in zip(row.x, row.y, strict=True) if x is not None and y is not None
             ]
+            number = names.index(row.name)
             few = len(points) <= 20
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
                 color=row.colour,
                 linewidth=1.8,
-                marker=MARKS[number % len(MARKS)] if few else None,
+                linestyle="-" if few else DASHES[number % len(DASHES)],
+                marker=MARKS[number % len(MARKS)] if few else "",
                 markersize=5,
                 label=row.name,
             )
-        if chosen is not None:
-            axes.axvline(chosen, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
-            axes.annotate(
-                f"chosen: {chosen:g}",
-                (chosen, 0.03),
-                xycoords=("data", "axes fraction"),
-                xytext=(5, 0),
-                textcoords="offset points",
-                color=SOFT,
-            )
+        for place in chosen:
+            axes.axvline(place, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.tick_params(axis="y", labelcolor=SOFT)
-        _legend(axes, len(series))
+        _legend(figure, axes)
         return _svg(figure)
 
 
-def magnitudes(series: Sequence[Series], unit: str) -> str:
-    """A bar a row on a logarithmic axis: what differs by factors, with the number at its end."""
+def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:
+    """A bar a row on a logarithmic axis, for what differs by factors; `words` says its value."""
     with mpl.rc_context(STYLE):
         figure, axes = _plot(0.8 + 0.5 * len(series))
         known = [value for row in series for value in row.x if value]
         axes.set_xscale("log")
-        axes.set_xlim(min(known, default=1) / 10, max(known, default=10) * 60)
+        axes.set_xlim(min(known, default=1) / 10, max(known, default=10) * 300)
         for place, row in enumerate(series):
             value = row.x[0]
             if not value:
@@ -169,13 +165,14 @@ def magnitudes(series: Sequence[Series], unit: str) -> str:
                 continue
             axes.barh(place, value, height=0.56, color=row.colour, alpha=0.85)
             axes.annotate(
-                f"{value:.2g} {unit}",
+                words(value),
                 (value, place),
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
                 weight="bold",
             )
+        axes.xaxis.set_visible(False)
         _rows(axes, [row.name for row in series])
         return _svg(figure)
 
@@ -205,9 +202,13 @@ def _missing(axes: Axes, x: float, y: float, name: str = "") -> None:
     )
 
 
-def _legend(axes: Axes, num_series: int) -> None:
-    if num_series > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, columnspacing=1.2)
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Name the series above the plot, each once."""
+    handles, names = axes.get_legend_handles_labels()
+    named = dict(zip(names, handles, strict=True))
+    if len(named) > 1:
+        columns = 1 if max(map(len, named)) > 20 else 3
+        figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns)
 
 
 def _svg(figure: Figure) -> str:

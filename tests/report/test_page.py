@@ -1,0 +1,163 @@
+"""The report says what came out, needs nothing else, and never turns missing into zero."""
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+from tests.report.example import example_result
+
+from fedgraft.errors import ReportError
+from fedgraft.report.page import count, duration, power, render, score_words, write_report
+from fedgraft.study.result import Result
+
+
+def text_of(page: str) -> str:
+    """What a reader sees of a page, spaces joined."""
+    shown = re.sub(r"<(style|title)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", shown)).split())
+
+
+def without(result: Result, arm: str, score: str) -> Result:
+    """The result as it would be, had one arm not been scored on something."""
+    arms = tuple(
+        one.model_copy(
+            update={
+                "scorecards": tuple(
+                    card.model_copy(
+                        update={"scores": {n: s for n, s in card.scores.items() if n != score}}
+                    )
+                    for card in one.scorecards
+                )
+            }
+        )
+        if one.arm == arm
+        else one
+        for one in result.arms
+    )
+    summary = {
+        name: {n: s for n, s in scores.items() if (name, n) != (arm, score)}
+        for name, scores in result.summary.items()
+    }
+    return result.model_copy(update={"arms": arms, "summary": summary})
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(example_result())
+
+
+def test_the_same_result_gives_the_same_page(page: str, tmp_path: Path) -> None:
+    example_result().write(tmp_path)
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "result.json"]
+
+
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    assert re.findall(r'(?:src|href)="(?!#)', page) == []
+    assert re.findall(r"url\((?!#)", page) == []
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_the_verdict_stands_before_any_figure(page: str) -> None:
+    verdict = example_result().verdict
+    assert page.index(verdict) < page.index("<svg")
+
+
+def test_every_claim_shows_its_bar_what_was_measured_and_whether_it_held(page: str) -> None:
+    text = text_of(page)
+    for claim in example_result().claims:
+        reached = "✓ reached" if claim.reached else "✗ not reached"
+        assert f"{claim.text} {claim.target} {claim.measured} {reached}" in text
+
+
+def test_a_claim_that_failed_is_shown_as_failed() -> None:
+    result = example_result()
+    failed = result.claims[0].model_copy(update={"reached": False})
+    text = text_of(render(result.model_copy(update={"claims": (failed,)})))
+    assert "✗ not reached" in text
+    assert "✓ reached" not in text
+
+
+def test_a_missing_score_is_shown_as_missing_never_as_zero() -> None:
+    score = "knowledge/asked/new"
+    text = text_of(render(without(example_result(), "s1", score)))
+    row = text[text.index("new facts known, asked in chat 2.0%") :]
+    assert row.startswith("new facts known, asked in chat 2.0% 5.0% missing 8.0%")
+    plot = text[text.index("New knowledge") : text.index("Share of plain questions")]
+    assert "missing" in plot
+    assert "0.0%" not in plot
+
+
+def test_a_department_without_perplexity_of_an_arm_is_named_missing() -> None:
+    result = without(example_result(), "graft", "perplexity/hr/nats_per_token")
+    assert "graft missing" in text_of(render(result))
+
+
+def test_real_departments_without_dialogues_have_a_page_too() -> None:
+    text = text_of(render(example_result((1,), with_dialogues=False)))
+    assert "How well each department's text is predicted" in text
+    assert "Forgetting, and the graft" not in text
+    assert "missing" in text  # what the adapters' dialogues would have said
+    assert "One seed; run more for a spread." in text
+
+
+def test_a_study_that_never_tuned_says_the_cost_of_tuning_is_missing() -> None:
+    costs = {"pretraining_flops": 6e12, "graft_flops": 4e6}
+    text = text_of(render(example_result().model_copy(update={"tuning": costs})))
+    plot = text[text.index("What it costs, in operations") :]
+    assert "missing" in plot[: plot.index("Floating-point")]
+
+
+def test_text_of_a_model_cannot_become_markup(page: str) -> None:
+    assert "The the office of &lt;b&gt;the&lt;/b&gt; office" in page
+
+
+def test_the_reasons_of_the_gate_hashes_and_settings_are_on_the_page(page: str) -> None:
+    text = text_of(page)
+    for decision in example_result().decisions:
+        for reason in decision.reasons:
+            assert reason.text in text
+    assert "sha256:" + "1a" * 32 in text
+    assert "pretrain.learning_rate 0.0005" in text
+
+
+def test_no_path_of_this_machine_is_on_the_page(page: str) -> None:
+    assert "/a/place" not in page
+    assert "…/weights/base" in page
+
+
+def test_a_folder_without_a_result_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"result\.json, found nothing.*fedgraft study run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.312, "0.31 s"),
+        (44.5, "44 s"),
+        (125.0, "2 min 05 s"),
+        (12_000.0, "3 h 20 min"),
+        (1_036_800.0, "12 days"),
+    ],
+)
+def test_time_is_told_as_people_tell_it(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_numbers_are_told_as_people_tell_them() -> None:
+    assert [count(n) for n in (17, 400_000, 2.36e6, 204.8e9)] == ["17", "400k", "2.36M", "205B"]
+    assert power(5.7e12) == "5.7 × 10¹²"
+
+
+def test_scores_are_named_in_words() -> None:
+    assert score_words("instructions/prompt_strict") == "prompts followed in full"
+    assert score_words("instructions/prompt_strict/unseen_pairs") == (
+        "prompts followed in full: unseen pairs"
+    )
+    assert score_words("perplexity/it_support/nats_per_token") == (
+        "it support text, nats per token"
+    )
