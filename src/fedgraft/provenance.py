@@ -92,25 +92,33 @@ def new_artefact(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ArtefactError(f"{out} exists already; remove it or choose another --out")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        _remove_abandoned(out)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            old = out.with_name(f".{out.name}.old-{os.getpid()}")
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
+        with told_if_unwritable(out):
+            _remove_abandoned(out)
+            partial.mkdir(parents=True)
+            yield partial
+            if out.exists():
+                old = out.with_name(f".{out.name}.old-{os.getpid()}")
+                out.rename(old)
+                partial.rename(out)
+                shutil.rmtree(old)
+            else:
+                partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_if_unwritable(place: Path, *, left: str = "nothing was left there") -> Iterator[None]:
+    """Turn what the system says of a full disk or a lacking permission into an ArtefactError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         raise ArtefactError(
-            f"could not write {out}: {error.strerror or error}; nothing was left there. "
+            f"could not write {place}: {error.strerror or error}; {left}. "
             "Free some space or choose another place, then run the same command again"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_abandoned(out: Path) -> None:

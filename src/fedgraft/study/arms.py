@@ -11,12 +11,11 @@ scored on the same held-out documents, dialogues and questions. The scale is cho
 material; test material is scored once, at the end.
 """
 
-import json
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import decide
@@ -36,7 +35,7 @@ from fedgraft.study.result import (
     ScalePoint,
 )
 from fedgraft.study.stage import Say, run_stage
-from fedgraft.study.study import Study, Texts
+from fedgraft.study.study import Scored, Study, Texts
 from fedgraft.text.corpus import Corpus, Document, Splits
 from fedgraft.text.dialogues import Dialogue, load_dialogues
 from fedgraft.text.packing import Rows, pack
@@ -47,6 +46,8 @@ from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import Residual, extract
 
 SCORECARD = "scorecard.json"
+
+_Asked = TypeVar("_Asked", Dialogue, Question)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +77,15 @@ class Material:
                     f"none for {' and '.join(empty)}; add documents"
                 )
             splits[department] = split
+        held_out = {d.hash for s in splits.values() for d in (*s.validation, *s.test)}
+        old = _load(study.replay, None).documents if study.replay else ()
         dialogues, questions = study.dialogues, study.questions
         return cls(
             splits=splits,
-            replay=_load(study.replay, None).documents if study.replay else (),
-            validation_dialogues=load_dialogues(dialogues.validation) if dialogues else (),
-            test_dialogues=load_dialogues(dialogues.test) if dialogues else (),
-            test_questions=load_questions(questions.test) if questions else (),
+            replay=tuple(document for document in old if document.hash not in held_out),
+            validation_dialogues=_asked(load_dialogues, dialogues, "validation"),
+            test_dialogues=_asked(load_dialogues, dialogues, "test"),
+            test_questions=_asked(load_questions, questions, "test"),
         )
 
     @property
@@ -110,7 +113,6 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Result:
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
     """
-    out.mkdir(parents=True, exist_ok=True)
     _Run(study, out, say).everything()
     return Result.load(out)
 
@@ -173,7 +175,7 @@ class _Run:
             costs=tuple(self.costs),
             tuning=self._tuning_cost(tokens),
             tokens=tokens,
-            settings=json.loads(study.model_dump_json()),
+            settings=study.as_written,
             inputs={
                 **self.hashes,
                 "training text": self.material.training_hash,
@@ -241,7 +243,10 @@ class _Run:
 
         def make(folder: Path) -> None:
             points = [
-                ScalePoint(scale=scale, scores=self._score_scale(pretrained, scale, asked, seed))
+                ScalePoint(
+                    scale=scale,
+                    scores=self._score_scale(pretrained, scale, asked, seed, folder / "graft"),
+                )
                 for scale in sorted(search.grid)
             ]
             if len(points) > 1 and any(metric not in point.scores for point in points):
@@ -269,20 +274,20 @@ class _Run:
         return ScaleCurve.model_validate_json((folder / "curve.json").read_bytes())
 
     def _score_scale(
-        self, pretrained: Path, scale: float, asked: Sequence[Dialogue], seed: int
+        self, pretrained: Path, scale: float, asked: Sequence[Dialogue], seed: int, place: Path
     ) -> dict[str, float]:
+        """Score a graft that stands in `place` for as long as that takes."""
         if len(self.study.scale.grid) == 1:
             return {}
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".scale-") as folder:
-            model = graft(pretrained, self.residual.path, Path(folder) / "graft", scale=scale)
-            card = evaluate(
-                open_model(model),
-                self.tokenizer,
-                arm=f"graft at scale {scale:g}",
-                seed=seed,
-                dialogues=asked,
-                max_new_tokens=self.study.evaluation.max_new_tokens,
-            )
+        card = evaluate(
+            open_model(graft(pretrained, self.residual.path, place, scale=scale)),
+            self.tokenizer,
+            arm=f"graft at scale {scale:g}",
+            seed=seed,
+            dialogues=asked,
+            max_new_tokens=self.study.evaluation.max_new_tokens,
+        )
+        shutil.rmtree(place)
         return {name: score.value for name, score in card.scores.items()}
 
     def _graft(self, seed: int, pretrained: Path, scale: float) -> Path:
@@ -446,3 +451,22 @@ class _Run:
 
 def _load(texts: Texts, department: str | None) -> Corpus:
     return Corpus.load(*texts.corpus, department=department, field=texts.field)
+
+
+def _asked(
+    load: Callable[[str], tuple[_Asked, ...]],
+    scored: Scored | None,
+    part: Literal["validation", "test"],
+) -> tuple[_Asked, ...]:
+    """What is asked in one part, of the groups that the study names."""
+    if scored is None:
+        return ()
+    path: str = getattr(scored, part)
+    rows = load(path)
+    kept = tuple(row for row in rows if scored.groups is None or row.group in scored.groups)
+    if not kept:
+        raise StudyError(
+            f"{path}: expected rows of the groups {', '.join(scored.groups or ())}, found only "
+            f"{', '.join(sorted({row.group for row in rows}))}; correct `groups`"
+        )
+    return kept

@@ -5,7 +5,6 @@ stage makes appears whole or not at all; a stage that was killed is run again, a
 it goes on from its last checkpoint.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedgraft
-from fedgraft.provenance import RECORD, Record, hash_files, hash_json
+from fedgraft.provenance import RECORD, Record, hash_files, hash_json, told_if_unwritable
 
 Say = Callable[[str], None]
 
@@ -39,25 +38,33 @@ def run_stage(
     if done and done.inputs == dict(inputs) and hash_json(done.settings) == hash_json(settings):
         say(f"{title}: done already")
         return done
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
-    for left in folder.iterdir():
-        if not left.name.startswith("."):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    say(title)
-    started = time.monotonic()
-    figures = make(folder) or {}
-    seconds = round(time.monotonic() - started, 2)
-    record = Record.make(
-        "stage",
-        inputs=dict(inputs),
-        settings=settings,
-        figures={**figures, "seconds": seconds},
-    )
-    finished = folder / f".{RECORD}.{os.getpid()}"
-    finished.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    finished.rename(folder / RECORD)
+    with told_if_unwritable(folder, left="finished stages are kept"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
+        _clear(folder, hidden=False)
+        say(title)
+        started = time.monotonic()
+        figures = make(folder) or {}
+        seconds = round(time.monotonic() - started, 2)
+        _clear(folder, hidden=True)
+        record = Record.make(
+            "stage",
+            inputs=dict(inputs),
+            settings=settings,
+            figures={**figures, "seconds": seconds},
+        )
+        finished = folder / f".{RECORD}"
+        finished.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        finished.rename(folder / RECORD)
+    say(f"    {seconds:.1f} s")
     return record
+
+
+def _clear(folder: Path, *, hidden: bool) -> None:
+    """Remove what is hidden (the state of interrupted training), or what is not."""
+    for left in folder.iterdir():
+        if left.name.startswith(".") == hidden:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @cache

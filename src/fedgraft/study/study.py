@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
@@ -46,6 +54,8 @@ class Scored(_Part):
 
     validation: str
     test: str
+    groups: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """The groups that count, e.g. `old`; all where None."""
 
 
 class ScaleSearch(_Part):
@@ -86,6 +96,15 @@ class Study(_Part):
     tuning: Tuning | None = None
     """The instruction tuning that the family's makers did, for comparing costs."""
 
+    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("pretrain", "adapters")
+    @classmethod
+    def _seedless(cls, settings: TrainingSettings | None) -> TrainingSettings | None:
+        if settings and "seed" in settings.model_fields_set:
+            raise ValueError("the seed comes from `seeds`; take it out here")
+        return settings
+
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) != len(self.seeds):
@@ -116,7 +135,14 @@ class Study(_Part):
             raise StudyError(
                 f"{file}: expected a study, found {len(faults)} faults:\n" + "\n".join(faults)
             ) from error
-        return study._resolved(path, places)
+        resolved = study._resolved(path, places)
+        resolved._as_written = study.model_dump(mode="json")
+        return resolved
+
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The settings with defaults filled in and paths as the file names them."""
+        return self._as_written
 
     def _resolved(self, file: Path, places: Mapping[str, Path]) -> "Study":
         faults: list[str] = []
@@ -144,7 +170,7 @@ class Study(_Part):
                     return find(value)
             return value
 
-        content = resolve(self.model_dump())
+        content = resolve(self.model_dump(exclude_unset=True))
         if faults:
             raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
         return Study.model_validate(content)

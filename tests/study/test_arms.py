@@ -1,0 +1,299 @@
+"""A whole study, tiny and real: the arms are comparable, and nothing is done twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.study.small import DEPARTMENTS, page, write_lines, write_material, write_study
+
+from fedgraft.errors import StudyError
+from fedgraft.evaluation.scorecard import Scorecard
+from fedgraft.provenance import RECORD, Record
+from fedgraft.study.arms import Material, run
+from fedgraft.study.result import ARMS, Result
+from fedgraft.study.study import Study
+from fedgraft.weights.checkpoint import Checkpoint
+from fedgraft.weights.residual import Residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A study that was run, and what was said on the way."""
+
+    material: Path
+    out: Path
+    result: Result
+    said: list[str] = field(default_factory=list)
+
+    def again(self, **changes: Any) -> "Ran":
+        return run_small(self.material, self.out, **changes)
+
+    @property
+    def stages_done(self) -> list[str]:
+        """Titles of the stages that were not skipped."""
+        titles = [line for line in self.said if not line.startswith(" ")]
+        return [title for title in titles if not title.endswith(": done already")]
+
+
+def run_small(material: Path, out: Path, **changes: Any) -> Ran:
+    study = Study.load(write_study(out.with_suffix(".yaml"), **changes), {"place": material})
+    said: list[str] = []
+    return Ran(material=material, out=out, result=run(study, out, say=said.append), said=said)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def ran(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Two seeds, run once from nothing."""
+    return run_small(material, tmp_path_factory.mktemp("study") / "out")
+
+
+def cards(result: Result) -> dict[str, tuple[Scorecard, ...]]:
+    return {arm.arm: arm.scorecards for arm in result.arms}
+
+
+def without_times(result: Result) -> dict[str, Any]:
+    """A result without what a clock measured."""
+    found = result.model_dump()
+    for cost in found["costs"]:
+        del cost["seconds"]
+    return found
+
+
+def trained(ran: Ran, arm: str, seed: int) -> Record:
+    record = Record.read(ran.out / f"seed-{seed}" / arm / "model")
+    assert record
+    return record
+
+
+def test_s1_and_the_base_read_the_same_rows_in_the_same_order(ran: Ran) -> None:
+    for seed in (1, 2):
+        s1, base = trained(ran, "s1", seed), trained(ran, "pretrained_base", seed)
+        assert s1.inputs["rows"] == base.inputs["rows"]
+        assert s1.settings == base.settings
+        assert s1.figures["num_tokens"] == base.figures["num_tokens"] > 0
+        assert s1.inputs["model"] != base.inputs["model"]
+
+
+def test_another_seed_reads_in_another_order(ran: Ran) -> None:
+    one, two = trained(ran, "s1", 1), trained(ran, "s1", 2)
+    assert one.inputs["rows"] != two.inputs["rows"]
+    assert one.settings["seed"] != two.settings["seed"]
+
+
+def test_all_arms_are_scored_on_the_same_held_out_set(ran: Ran) -> None:
+    counted = [
+        {name: score.num for name, score in card.scores.items()}
+        for found in cards(ran.result).values()
+        for card in found
+    ]
+    assert counted[0]
+    assert all(counts == counted[0] for counts in counted)
+
+
+def test_an_arm_that_no_seed_changes_is_scored_once(ran: Ran) -> None:
+    seeds = {arm: [card.seed for card in found] for arm, found in cards(ran.result).items()}
+    assert tuple(seeds) == ARMS
+    assert seeds["base"] == seeds["instruct"] == [None]
+    assert seeds["s1"] == seeds["pretrained_base"] == seeds["graft"] == [1, 2]
+
+
+def test_the_graft_is_the_pretrained_base_plus_the_scaled_residual(ran: Ran) -> None:
+    residual = Residual.open(ran.out / "residual" / "residual")
+    for curve in ran.result.scales:
+        folder = ran.out / f"seed-{curve.seed}"
+        before = Checkpoint.open(folder / "pretrained_base" / "model")
+        grafted = Checkpoint.open(folder / "graft" / "model")
+        for name in grafted.tensors:
+            expected = before.read(name) + np.float32(curve.chosen) * residual.read(name)
+            assert np.array_equal(grafted.read(name), expected), name
+
+
+def test_the_scale_is_the_best_of_its_curve(ran: Ran) -> None:
+    for curve in ran.result.scales:
+        scores = {point.scale: point.scores[curve.metric] for point in curve.points}
+        assert list(scores) == [0.5, 1.0]
+        assert scores[curve.chosen] == max(scores.values())
+
+
+def test_the_search_for_a_scale_leaves_no_model_behind(ran: Ran) -> None:
+    files = sorted(file.name for file in (ran.out / "seed-1" / "scale").rglob("*"))
+    assert files == ["curve.json", RECORD]
+
+
+def test_each_department_has_an_adapter_over_each_graft(ran: Ran) -> None:
+    made = [(adapter.department, adapter.seed) for adapter in ran.result.adapters]
+    assert sorted(made) == [(name, seed) for name in sorted(DEPARTMENTS) for seed in (1, 2)]
+    for adapter in ran.result.adapters:
+        graft = cards(ran.result)["graft"][adapter.seed - 1]
+        name = f"perplexity/{adapter.department}/nats_per_token"
+        assert adapter.nats_per_token_before == graft.scores[name].value
+        assert adapter.nats_per_token_after < adapter.nats_per_token_before
+
+
+def test_training_costs_six_flops_a_parameter_and_token(ran: Ran) -> None:
+    costs = [cost for cost in ran.result.costs if cost.stage.startswith(("s1", "pretrained"))]
+    for cost in costs:
+        assert cost.flops == 6 * ran.result.residual["num_parameters"] * cost.num_tokens
+    assert ran.result.tokens == max(cost.num_tokens for cost in costs)
+    assert ran.result.tuning["ratio"] == 4096 / ran.result.tokens
+
+
+def test_the_result_names_no_place_on_this_machine(ran: Ran) -> None:
+    text = (ran.out / "result.json").read_text(encoding="utf-8")
+    assert ran.result.settings["family"]["base"] == "place:base"
+    assert str(ran.material) not in text
+    assert str(ran.out) not in text
+
+
+def test_a_finished_study_is_not_run_again(ran: Ran) -> None:
+    again = ran.again()
+    assert again.stages_done == []
+    assert again.result == ran.result
+
+
+def test_one_more_seed_runs_that_seed_alone(ran: Ran, tmp_path: Path) -> None:
+    first = run_small(ran.material, tmp_path / "out", seeds=[1], adapters=None)
+    more = first.again(seeds=[1, 2], adapters=None)
+    assert more.stages_done
+    assert all("seed 2" in title for title in more.stages_done)
+    assert cards(more.result) == cards(ran.result)
+
+
+def test_other_ways_to_score_train_nothing_again(ran: Ran, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"seeds": [1], "adapters": None}
+    first = run_small(ran.material, tmp_path / "out", **few)
+    again = first.again(**few, evaluation={"window": 16, "max_new_tokens": 2})
+    assert [title for title in again.stages_done if "pre-train" in title] == []
+    assert len([title for title in again.stages_done if title.startswith("score")]) == len(ARMS)
+
+
+def test_a_study_without_dialogues_grafts_the_plain_sum_and_claims_nothing(
+    ran: Ran, tmp_path: Path
+) -> None:
+    plain = run_small(
+        ran.material,
+        tmp_path / "out",
+        dialogues=None,
+        questions=None,
+        scale=None,
+        adapters=None,
+        replay=None,
+        seeds=[1],
+    ).result
+    assert plain.scales[0].chosen == 1.0
+    assert plain.claims == ()
+    assert plain.adapters == ()
+    assert set(plain.summary["graft"]) == {
+        f"perplexity/{name}/{unit}"
+        for name in DEPARTMENTS
+        for unit in ("nats_per_token", "bits_per_byte")
+    }
+
+
+def test_held_out_text_is_not_read_as_replay(ran: Ran, tmp_path: Path) -> None:
+    pages = [page("hr", number) for number in range(30)] + [page("archive", 0)]
+    write_lines(tmp_path / "leak.jsonl", pages)
+    file = write_study(
+        tmp_path / "study.yaml", replay={"corpus": [str(tmp_path / "leak.jsonl")], "share": 0.2}
+    )
+    found = Material.load(Study.load(file, {"place": ran.material}))
+    held_out = {d.text for s in found.splits.values() for d in (*s.validation, *s.test)}
+    replayed = {document.text for document in found.replay}
+    assert held_out
+    assert replayed & held_out == set()
+    assert page("archive", 0)["text"] in replayed
+
+
+def test_a_study_may_score_some_groups_alone(ran: Ran, tmp_path: Path) -> None:
+    dialogues = {part: f"place:dialogues/{part}.jsonl" for part in ("validation", "test")}
+    file = write_study(tmp_path / "study.yaml", dialogues={**dialogues, "groups": ["old"]})
+    found = Material.load(Study.load(file, {"place": ran.material}))
+    asked = (*found.validation_dialogues, *found.test_dialogues)
+    assert {dialogue.group for dialogue in asked} == {"old"}
+
+
+def test_a_group_that_nobody_asks_for_is_refused(ran: Ran, tmp_path: Path) -> None:
+    dialogues = {part: f"place:dialogues/{part}.jsonl" for part in ("validation", "test")}
+    file = write_study(tmp_path / "study.yaml", dialogues={**dialogues, "groups": ["older"]})
+    with pytest.raises(StudyError, match=r"of the groups older, found only new, old"):
+        Material.load(Study.load(file, {"place": ran.material}))
+
+
+def test_a_department_with_too_little_text_is_refused_by_name(ran: Ran, tmp_path: Path) -> None:
+    write_lines(tmp_path / "one.jsonl", [page("hr", 0)])
+    departments = {"hr": {"corpus": [str(tmp_path / "one.jsonl")]}}
+    with pytest.raises(StudyError, match="department hr: expected enough documents to hold some"):
+        run_small(ran.material, tmp_path / "out", departments=departments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_metric_is_refused_with_those_there_are(ran: Ran, tmp_path: Path) -> None:
+    scale = {"grid": [0.5, 1.0], "metric": "instructions/best"}
+    with pytest.raises(
+        StudyError, match=r"scale\.metric: .*prompt_strict.*found instructions/best"
+    ):
+        run_small(ran.material, tmp_path / "out", scale=scale, seeds=[1])
+
+
+RUNNER = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from fedgraft.study.arms import run
+from fedgraft.study.study import Study
+file, place, out = map(Path, sys.argv[1:])
+run(Study.load(file, {"place": place}), out, say=lambda line: print(line, flush=True))
+"""
+
+
+def kill_at(file: Path, ran: Ran, out: Path, title: str, seconds: float) -> None:
+    """Run a study in a process of its own and kill it so long after the stage was announced."""
+    command = [sys.executable, "-c", RUNNER, str(file), str(ran.material), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.strip() == title:
+                threading.Timer(seconds, process.kill).start()
+    assert process.returncode == -signal.SIGKILL, f"ended before {title}"
+
+
+def test_killed_and_resumed_equals_never_killed(ran: Ran, tmp_path: Path) -> None:
+    """kill -9 in training, in the search and in scoring; each run goes on from the last stage."""
+    out = tmp_path / "out"
+    file = write_study(tmp_path / "study.yaml")
+    kill_at(file, ran, out, "seed 1: pre-train pretrained_base", 0.15)
+    assert not (out / "seed-1" / "pretrained_base" / RECORD).exists()
+    kill_at(file, ran, out, "seed 1: choose the scale", 0.02)
+    kill_at(file, ran, out, "score graft, seed 2", 0.0)
+    resumed = run_small(ran.material, out)
+    assert resumed.stages_done[0] == "score graft, seed 2"
+    assert without_times(resumed.result) == without_times(ran.result)
+    kept = {path.relative_to(out) for path in out.rglob("*")}
+    assert kept == {path.relative_to(ran.out) for path in ran.out.rglob("*")}
+
+
+def test_the_result_is_json_that_others_can_read(ran: Ran) -> None:
+    found = json.loads((ran.out / "result.json").read_text(encoding="utf-8"))
+    assert tuple(found) == tuple(Result.model_fields)

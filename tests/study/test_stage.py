@@ -1,0 +1,112 @@
+"""A stage is complete or not; a complete one is not run again while nothing changed."""
+
+import errno
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgraft.errors import ArtefactError
+from fedgraft.provenance import RECORD, Record
+from fedgraft.study import stage
+from fedgraft.study.stage import run_stage
+
+
+class Maker:
+    """Fills a stage's folder and counts how often it was asked to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, folder: Path) -> Mapping[str, Any]:
+        self.calls += 1
+        (folder / "made").write_text(str(self.calls), encoding="utf-8")
+        return {"found": 0.1 + self.calls}
+
+
+def run(folder: Path, make: Callable[[Path], Mapping[str, Any] | None], **changes: Any) -> Record:
+    given = {"title": "a stage", "inputs": {"text": "sha256:1"}, "settings": {"rate": (1, 2)}}
+    return run_stage(folder, make=make, say=lambda _: None, **(given | changes))
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
+    make = Maker()
+    first, second = run(tmp_path / "s", make), run(tmp_path / "s", make)
+    assert make.calls == 1
+    assert first.model_dump_json() == second.model_dump_json()
+    assert second.figures["found"] == 1.1
+    assert second.figures["seconds"] >= 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"inputs": {"text": "sha256:2"}}, {"inputs": {}}, {"settings": {"rate": (1, 3)}}]
+)
+def test_other_inputs_or_settings_run_a_stage_again(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    make = Maker()
+    run(tmp_path / "s", make)
+    assert run(tmp_path / "s", make, **changes).figures["found"] == 2.1
+
+
+def test_other_code_runs_a_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Maker()
+    run(tmp_path / "s", make)
+    monkeypatch.setattr(stage, "code_hash", lambda: "sha256:other")
+    run(tmp_path / "s", make)
+    assert make.calls == 2
+
+
+def test_a_stage_that_failed_is_incomplete_and_starts_clean(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").mkdir()
+        (folder / ".model.training-1").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", fail)
+    assert not (tmp_path / "s" / RECORD).exists()
+
+    def look(folder: Path) -> dict[str, Any]:
+        return {"left": sorted(path.name for path in folder.iterdir())}
+
+    assert run(tmp_path / "s", look).figures["left"] == [".model.training-1"]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [RECORD]
+
+
+def test_a_stage_that_is_run_again_is_incomplete_until_it_ends(tmp_path: Path) -> None:
+    run(tmp_path / "s", Maker())
+
+    def look(folder: Path) -> None:
+        assert list(folder.iterdir()) == []
+
+    run(tmp_path / "s", look, inputs={})
+
+
+def test_a_full_disk_is_told_with_its_place(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with pytest.raises(ArtefactError, match=r"could not write .*/s: No space left.*Free some"):
+        run(tmp_path / "s", fill)
+    assert not (tmp_path / "s" / RECORD).exists()
+
+
+def test_another_fault_of_the_system_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    def break_down(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        run(tmp_path / "s", break_down)
+
+
+def test_the_person_is_told_what_runs_and_how_long_it_took(tmp_path: Path) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        run_stage(
+            tmp_path / "s", title="graft", inputs={}, settings={}, make=Maker(), say=said.append
+        )
+    assert said[0] == "graft"
+    assert said[1].endswith(" s")
+    assert said[2:] == ["graft: done already"]

@@ -1,0 +1,125 @@
+"""A study file is understood wholly, or refused with every fault in one message."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.study.small import content, write_study
+
+from fedgraft.errors import StudyError
+from fedgraft.study.study import Study
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, Path]:
+    """A place in which every path of the small study exists."""
+    return {"place": with_every_path(tmp_path / "place", yaml.safe_dump(content()), "place")}
+
+
+def with_every_path(folder: Path, text: str, place: str) -> Path:
+    for name in re.findall(rf"{place}:([\w./]+)", text):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def load(tmp_path: Path, places: dict[str, Path], **changes: Any) -> Study:
+    return Study.load(write_study(tmp_path / "study.yaml", **changes), places)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: str(file.stem))
+def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    places = {
+        name: with_every_path(tmp_path / name, text, name) for name in ("pocket", "company", "data")
+    }
+    study = Study.load(file, places)
+    assert study.name == file.stem
+    assert study.adapters is not None
+    assert set(study.departments) == {"finance", "hr", "engineering", "it_support"}
+
+
+def test_quickstart_has_one_seed_and_the_others_three() -> None:
+    seeds = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8"))["seeds"] for f in STUDIES}
+    assert {name: len(given) for name, given in seeds.items()} == {
+        "pocket": 3,
+        "quickstart": 1,
+        "real_departments": 3,
+    }
+
+
+def test_a_path_names_a_place_or_is_relative_to_the_file(
+    tmp_path: Path, places: dict[str, Path]
+) -> None:
+    (tmp_path / "own.jsonl").touch()
+    study = load(tmp_path, places, departments={"hr": {"corpus": ["own.jsonl", "place:hr.jsonl"]}})
+    found = [Path(path) for path in study.departments["hr"].corpus]
+    assert found == [tmp_path / "own.jsonl", places["place"] / "hr.jsonl"]
+
+
+def test_a_model_may_be_a_name_on_the_hub(tmp_path: Path, places: dict[str, Path]) -> None:
+    names = {"base": "org/model", "instruct": "org/model-chat@main"}
+    assert load(tmp_path, places, family=names).family.model_dump() == names
+
+
+def test_all_wrong_settings_are_told_at_once(tmp_path: Path, places: dict[str, Path]) -> None:
+    with pytest.raises(StudyError) as error:
+        load(tmp_path, places, name=None, sedes=[1], seeds=[], pretrain={"learning_rate": -1})
+    message = str(error.value)
+    assert "5 faults" in message
+    for fault in (
+        "name: Field required",
+        "sedes: Extra inputs are not permitted",
+        "seeds: Tuple should have at least 1 item",
+        "pretrain.num_tokens: Field required",
+        "pretrain.learning_rate: Input should be greater than 0",
+    ):
+        assert fault in message
+
+
+def test_all_wrong_paths_are_told_at_once(tmp_path: Path, places: dict[str, Path]) -> None:
+    with pytest.raises(StudyError) as error:
+        load(
+            tmp_path,
+            places,
+            departments={"hr": {"corpus": ["place:none.jsonl", "elsewhere:hr.jsonl"]}},
+            questions={"validation": "lost.jsonl", "test": "place:questions/test.jsonl"},
+        )
+    message = str(error.value)
+    assert "3 paths amiss" in message
+    assert f"place:none.jsonl: there is nothing at {places['place'] / 'none.jsonl'}" in message
+    assert "elsewhere:hr.jsonl: no place is called 'elsewhere' (known: place:)" in message
+    assert f"lost.jsonl: there is nothing at {tmp_path / 'lost.jsonl'}" in message
+
+
+def test_a_seed_given_twice_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:
+    with pytest.raises(StudyError, match=r"seeds are given twice in \[1, 1\]"):
+        load(tmp_path, places, seeds=[1, 1])
+
+
+def test_a_search_without_dialogues_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:
+    with pytest.raises(StudyError, match="a search for the scale needs dialogues"):
+        load(tmp_path, places, dialogues=None)
+
+
+def test_a_seed_outside_of_seeds_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:
+    pretrain = {"num_tokens": 10, "learning_rate": 1e-3, "seed": 4}
+    with pytest.raises(StudyError, match=r"pretrain: .*the seed comes from `seeds`"):
+        load(tmp_path, places, pretrain=pretrain)
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "name: [", "name: \xff"])
+def test_a_file_that_is_no_study_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(StudyError, match=r"broken\.yaml: expected a study"):
+        Study.load(file, {})
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"none\.yaml: expected a study in YAML, found: .*No such"):
+        Study.load(tmp_path / "none.yaml", {})
