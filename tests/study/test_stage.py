@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fedgraft
 from fedgraft.errors import ArtefactError
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import stage
@@ -56,6 +57,22 @@ def test_other_code_runs_a_stage_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(stage, "code_hash", lambda: "sha256:other")
     run(tmp_path / "s", make)
     assert make.calls == 2
+
+
+def test_code_that_makes_no_numbers_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "fedgraft"
+    for name in ("__init__.py", "cli/main.py", "report/page.py", "training/trainer.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("1", encoding="utf-8")
+    monkeypatch.setattr(fedgraft, "__file__", str(package / "__init__.py"))
+    code_hash = stage.code_hash.__wrapped__
+    first = code_hash()
+    (package / "report/page.py").write_text("2", encoding="utf-8")
+    assert code_hash() == first
+    (package / "training/trainer.py").write_text("2", encoding="utf-8")
+    assert code_hash() != first
 
 
 def test_a_stage_that_failed_is_incomplete_and_starts_clean(tmp_path: Path) -> None:

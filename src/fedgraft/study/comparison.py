@@ -36,82 +36,72 @@ def summarise(scorecards: Iterable[Scorecard]) -> dict[str, dict[str, Summary]]:
 
 def check_claims(summaries: Summaries) -> tuple[Claim, ...]:
     """The claims of instruction residuals, each against its bar; only those that were measured."""
-
-    def mean(arm: str, score: str) -> float | None:
-        found = summaries.get(arm, {}).get(score)
-        return found.mean if found else None
-
-    def spread(arm: str, score: str) -> str:
-        found = summaries[arm][score]
-        shown = f"{found.mean:.0%}"
-        if found.num_seeds > 1:
-            shown += f" ({found.lowest:.0%} to {found.highest:.0%} over {found.num_seeds} seeds)"
-        return shown
-
+    instruct, base, s1, graft = (
+        summaries.get(arm, {}).get(FOLLOWED) for arm in ("instruct", "base", "s1", "graft")
+    )
+    both_graft, both_s1 = (
+        summaries.get(arm, {}).get(RIGHT_AND_FOLLOWED) for arm in ("graft", "s1")
+    )
+    known = summaries.get("graft", {}).get("knowledge/asked/new")
     claims = []
-    instruct, base = mean("instruct", FOLLOWED), mean("base", FOLLOWED)
-    s1, graft = mean("s1", FOLLOWED), mean("graft", FOLLOWED)
-    if instruct is not None:
-        claims.append(
-            Claim(
-                text="The instruct model follows the instructions",
-                target="at least 90%",
-                measured=spread("instruct", FOLLOWED),
-                reached=instruct >= 0.9,
-            )
+
+    def claim(text: str, target: str, measured: str, *, reached: bool) -> None:
+        claims.append(Claim(text=text, target=target, measured=measured, reached=reached))
+
+    if instruct:
+        claim(
+            "The instruct model follows the instructions",
+            "at least 90%",
+            _shown(instruct),
+            reached=_at_least(instruct.mean, 0.9),
         )
-    if base is not None:
-        claims.append(
-            Claim(
-                text="The base model does not",
-                target="under 10%",
-                measured=spread("base", FOLLOWED),
-                reached=base < 0.1,
-            )
+    if base:
+        claim("The base model does not", "under 10%", _shown(base), reached=base.mean < 0.1)
+    if instruct and s1:
+        lost = instruct.mean - s1.mean
+        claim(
+            "Pre-training the instruct model further (S1) makes it forget them",
+            "at least 20 points lost",
+            f"{100 * lost:.1f} points: from {_shown(instruct)} to {_shown(s1)}",
+            reached=_at_least(lost, 0.2),
         )
-    if instruct is not None and s1 is not None:
-        claims.append(
-            Claim(
-                text="Pre-training the instruct model further (S1) makes it forget them",
-                target="at least 20 points lost",
-                measured=f"{100 * (instruct - s1):.0f} points lost: {spread('s1', FOLLOWED)}",
-                reached=instruct - s1 >= 0.2,
-            )
+    if instruct and graft and instruct.mean:
+        kept = graft.mean / instruct.mean
+        claim(
+            "The graft keeps what the instruct model followed",
+            "at least 90% of it",
+            f"{kept:.1%} of it: {_shown(graft)}",
+            reached=_at_least(kept, 0.9),
         )
-    if instruct and graft is not None:
-        claims.append(
-            Claim(
-                text="The graft keeps what the instruct model followed",
-                target="at least 90% of it",
-                measured=f"{graft / instruct:.0%} of it: {spread('graft', FOLLOWED)}",
-                reached=graft >= 0.9 * instruct,
-            )
+    if known:
+        claim(
+            "The graft knows the new facts",
+            "at least 50%",
+            _shown(known),
+            reached=_at_least(known.mean, 0.5),
         )
-    known = mean("graft", "knowledge/asked/new")
-    if known is not None:
-        claims.append(
-            Claim(
-                text="The graft knows the new facts",
-                target="at least 50%",
-                measured=spread("graft", "knowledge/asked/new"),
-                reached=known >= 0.5,
-            )
-        )
-    both_graft, both_s1 = mean("graft", RIGHT_AND_FOLLOWED), mean("s1", RIGHT_AND_FOLLOWED)
-    if both_graft is not None and both_s1 is not None:
-        claims.append(
-            Claim(
-                text="The graft beats S1 on answers that are right and as instructed",
-                target="by at least 20 points",
-                measured=(
-                    f"by {100 * (both_graft - both_s1):.0f} points: "
-                    f"{spread('graft', RIGHT_AND_FOLLOWED)} against "
-                    f"{spread('s1', RIGHT_AND_FOLLOWED)}"
-                ),
-                reached=both_graft - both_s1 >= 0.2,
-            )
+    if both_graft and both_s1:
+        ahead = both_graft.mean - both_s1.mean
+        claim(
+            "The graft beats S1 on answers that are right and as instructed",
+            "by at least 20 points",
+            f"by {100 * ahead:.1f} points: {_shown(both_graft)} against {_shown(both_s1)}",
+            reached=_at_least(ahead, 0.2),
         )
     return tuple(claims)
+
+
+def _shown(score: Summary) -> str:
+    """The mean, and the range where there are seeds to range over."""
+    shown = f"{score.mean:.1%}"
+    if score.num_seeds > 1:
+        shown += f" ({score.lowest:.1%} to {score.highest:.1%} over {score.num_seeds} seeds)"
+    return shown
+
+
+def _at_least(value: float, bar: float) -> bool:
+    """Whether the bar is reached; 0.95 - 0.75 reaches 0.2 although the floats fall short of it."""
+    return value >= bar - 1e-9
 
 
 def verdict(summaries: Summaries, claims: Sequence[Claim], decisions: Sequence[Decision]) -> str:

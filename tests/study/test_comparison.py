@@ -1,0 +1,140 @@
+"""Scores to means, claims and a verdict."""
+
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgraft.evaluation.gate import Decision
+from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
+from fedgraft.study.comparison import check_claims, summarise, verdict
+from fedgraft.study.result import ARMS, Claim
+
+KNOWN = "knowledge/asked/new"
+TEXT = "perplexity/hr/nats_per_token"
+
+FOLLOWS = "The instruct model follows the instructions"
+BASE = "The base model does not"
+FORGETS = "Pre-training the instruct model further (S1) makes it forget them"
+KEEPS = "The graft keeps what the instruct model followed"
+KNOWS = "The graft knows the new facts"
+BEATS = "The graft beats S1 on answers that are right and as instructed"
+
+
+def card(arm: str, seed: int | None = None, **scores: float) -> Scorecard:
+    """A scorecard; `followed`, `both` and `known` are shares, `nats` is of a text."""
+    names = {"followed": FOLLOWED, "both": RIGHT_AND_FOLLOWED, "known": KNOWN, "nats": TEXT}
+    return Scorecard(
+        arm=arm,
+        seed=seed,
+        scores={
+            names[key]: Score(
+                value=value, num=100, stderr=0.01, unit="nats" if key == "nats" else "share"
+            )
+            for key, value in scores.items()
+        },
+    )
+
+
+def claims(*cards: Scorecard) -> dict[str, Claim]:
+    return {claim.text: claim for claim in check_claims(summarise(cards))}
+
+
+def test_mean_and_spread_are_those_of_the_seeds() -> None:
+    found = summarise(card("s1", seed, followed=v) for seed, v in ((1, 0.2), (2, 0.4), (3, 0.9)))
+    score = found["s1"][FOLLOWED]
+    assert score.mean == pytest.approx(0.5)
+    assert (score.lowest, score.highest) == (0.2, 0.9)
+    assert score.stdev == pytest.approx(0.36055512754)
+    assert score.num_seeds == 3
+
+
+def test_one_seed_has_no_spread() -> None:
+    assert summarise([card("base", followed=0.1)])["base"][FOLLOWED].stdev is None
+
+
+def test_a_score_that_was_not_taken_is_missing_not_zero() -> None:
+    found = summarise([card("s1", 1, followed=0.5), card("s1", 2, followed=0.7, nats=3.0)])
+    assert found["s1"][TEXT].num_seeds == 1
+    assert found["s1"][TEXT].mean == 3.0
+    assert KNOWN not in found["s1"]
+
+
+@given(st.permutations([0.1, 0.7, 0.3, 0.25]))
+def test_the_order_of_the_seeds_does_not_matter(values: list[float]) -> None:
+    found = summarise(card("graft", seed, followed=value) for seed, value in enumerate(values))
+    expected = summarise(card("graft", s, followed=v) for s, v in enumerate(sorted(values)))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "cards", "reached"),
+    [
+        (FOLLOWS, [card("instruct", followed=0.9)], True),
+        (FOLLOWS, [card("instruct", followed=0.899)], False),
+        (BASE, [card("base", followed=0.099)], True),
+        (BASE, [card("base", followed=0.1)], False),
+        (FORGETS, [card("instruct", followed=0.95), card("s1", followed=0.75)], True),
+        (FORGETS, [card("instruct", followed=0.95), card("s1", followed=0.76)], False),
+        (FORGETS, [card("instruct", followed=0.7), card("s1", followed=0.9)], False),
+        (KEEPS, [card("instruct", followed=0.7), card("graft", followed=0.63)], True),
+        (KEEPS, [card("instruct", followed=0.7), card("graft", followed=0.62)], False),
+        (KNOWS, [card("graft", known=0.5)], True),
+        (KNOWS, [card("graft", known=0.49)], False),
+        (BEATS, [card("graft", both=0.6), card("s1", both=0.4)], True),
+        (BEATS, [card("graft", both=0.59), card("s1", both=0.4)], False),
+        (BEATS, [card("graft", both=0.4), card("s1", both=0.6)], False),
+    ],
+)
+def test_a_claim_is_held_against_its_bar(text: str, cards: list[Scorecard], reached: bool) -> None:
+    assert claims(*cards)[text].reached is reached
+
+
+def test_a_claim_that_was_not_measured_is_left_out() -> None:
+    assert claims(*(card(arm, nats=2.0) for arm in ARMS)) == {}
+    assert set(claims(card("instruct", followed=0.9))) == {FOLLOWS}
+    assert KEEPS not in claims(card("instruct", followed=0.0), card("graft", followed=0.4))
+
+
+def test_what_was_measured_is_shown_with_its_spread() -> None:
+    found = claims(
+        card("instruct", followed=0.95),
+        card("s1", 1, followed=0.5, both=0.3),
+        card("s1", 2, followed=0.6, both=0.3),
+        card("graft", 1, followed=0.9, both=0.62),
+        card("graft", 2, followed=0.9, both=0.6),
+    )
+    assert (
+        found[FORGETS].measured == "40.0 points: from 95.0% to 55.0% (50.0% to 60.0% over 2 seeds)"
+    )
+    assert found[KEEPS].measured == "94.7% of it: 90.0% (90.0% to 90.0% over 2 seeds)"
+    assert found[BEATS].measured.startswith("by 31.0 points: 61.0% (")
+
+
+def decision(arm: str, outcome: Literal["promote", "refuse"]) -> Decision:
+    return Decision(candidate=arm, verdict=outcome, reasons=())
+
+
+def test_the_verdict_says_what_was_found() -> None:
+    summaries = summarise(
+        [
+            card("instruct", followed=0.9, nats=3.0),
+            card("s1", 1, followed=0.4, nats=2.1),
+            card("graft", 1, followed=0.85, nats=2.0),
+        ]
+    )
+    said = verdict(summaries, check_claims(summaries), [decision("graft", "promote")])
+    assert "the graft follows 85% of the instructions" in said
+    assert "follows 40%." in said
+    assert "held-out text of 1 of 1 departments better" in said
+    assert "3 of 3 claims were reached" in said
+    assert said.endswith("The gate says: promote the graft.")
+
+
+def test_one_refusal_among_the_seeds_refuses_the_graft() -> None:
+    summaries = summarise([card("graft", 1, nats=2.0), card("instruct", nats=1.0)])
+    decisions = [decision("graft", "promote"), decision("graft", "refuse")]
+    said = verdict(summaries, (), decisions)
+    assert "held-out text of 0 of 1 departments better" in said
+    assert said.endswith("The gate passed 1 of 2 seeds: do not promote it yet.")
