@@ -5,24 +5,27 @@ from pathlib import Path
 
 import typer
 
-WIDTH = 10
+WIDTH = 12
 
 
-def finish(result: str, place: Path, *, facts: Iterable[str] = (), steps: Iterable[str]) -> None:
-    """Say where a result is, in lines that can be copied: paths and commands are never wrapped."""
-    _line(result, str(place), bold=True)
-    for fact in facts:
-        _line("", fact)
-    for number, step in enumerate(steps):
-        _line("" if number else "next", step, fg="cyan")
-
-
-def _line(label: str, text: str, *, bold: bool = False, fg: str | None = None) -> None:
+def say(label: str, text: str, *, bold: bool = False, fg: str | None = None) -> None:
+    """One line: a label in its column, and text that is never wrapped, so that it can be copied."""
     typer.echo(f"{label:<{WIDTH}}{typer.style(text, bold=bold, fg=fg)}")
 
 
+def finish(
+    result: str, place: Path, *, facts: Iterable[str] = (), steps: Iterable[str] = ()
+) -> None:
+    """Say where a result is, what it is like, and what to do next."""
+    say(result, str(place), bold=True)
+    for fact in facts:
+        say("", fact)
+    for number, step in enumerate(steps):
+        say("" if number else "next", step, fg="cyan")
+
+
 def show_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows under their columns; every column but the first is right-aligned where numeric."""
+    """Print rows under their columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -72,7 +72,7 @@ def evaluate(
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(scorecard.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        finish("scorecard", out, steps=[])
+        finish("scorecard", out)
 
 
 def _by_department(data: list[str]) -> "dict[str, tuple[Document, ...]]":

@@ -4,6 +4,7 @@ Nothing heavy is imported here; each verb imports what it needs when it runs.
 """
 
 import os
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -85,6 +86,7 @@ def prepare(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -1,5 +1,6 @@
 """`quickstart`, `study run`, `report`: a question, answered by arms and shown on a page."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def quickstart(out: Out = Path("runs/quickstart")) -> None:
     """
     from fedgraft.pocket.weights import folder
 
-    _run(folder.parent / "quickstart.yaml", out)
+    _run(folder.with_name("quickstart.yaml"), out)
 
 
 def run(
@@ -53,8 +54,14 @@ def _run(file: Path, out: Path) -> None:
     from fedgraft.study.arms import run as run_study
     from fedgraft.study.study import Study
 
+    started = time.monotonic()
+
+    def announce(stage: str) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        typer.echo(f"[{minutes:3}:{seconds:02}] {stage}", err=True)
+
     study = Study.load(file, places_of(file, out))
-    result = run_study(study, out, say=lambda stage: typer.echo(stage, err=True))
+    result = run_study(study, out, say=announce)
     page = write_report(out)
     typer.echo(f"\n{result.verdict}\n")
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"

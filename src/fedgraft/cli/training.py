@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens
-from fedgraft.cli.console import finish
+from fedgraft.cli.console import finish, say
 
 if TYPE_CHECKING:
     from fedgraft.text.packing import Rows
@@ -93,8 +93,9 @@ def _pack(model: str, paths: list[Path], row_length: int, seed: int) -> "Rows":
 
     corpus = Corpus.load(*paths)
     rows = pack(open_tokenizer(resolve(model)), corpus.documents, row_length, seed=seed)
-    typer.echo(
-        f"{'text':<10}{len(corpus.documents):,} documents, {rows.num_tokens:,} tokens in "
-        f"{len(rows):,} rows; {corpus.num_duplicates:,} exact duplicates dropped"
+    say(
+        "text",
+        f"{len(corpus.documents):,} documents, {rows.num_tokens:,} tokens in {len(rows):,} rows; "
+        f"{corpus.num_duplicates:,} exact duplicates dropped",
     )
     return rows

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite, Target
-from fedgraft.cli.console import finish, show_table
+from fedgraft.cli.console import finish, say, show_table
 
 
 class Precision(StrEnum):
@@ -27,7 +27,7 @@ def check(base: Base, instruct: Instruct) -> None:
     from fedgraft.weights.family import Family
 
     show_table(("one family", ""), Family.open(base, instruct).describe())
-    typer.echo(f"next      fedgraft residual extract {base} {instruct} --out runs/residual")
+    say("next", f"fedgraft residual extract {base} {instruct} --out runs/residual", fg="cyan")
 
 
 def extract(
