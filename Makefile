@@ -5,12 +5,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help quickstart test test-all check clean
+.PHONY: help quickstart test test-all check pocket clean
 
 help:
 	@echo "make quickstart   the whole study on the embedded pocket family; writes runs/quickstart/report.html"
 	@echo "make test         format, lint, types and the tests"
 	@echo "make test-all     the same, and the tests that take minutes"
+	@echo "make pocket       builds the embedded family again from text (about half an hour)"
 	@echo "make clean        remove the virtual environment and caches (not your runs/)"
 
 quickstart: .venv/installed
@@ -21,6 +22,12 @@ test: check
 
 test-all: check
 	$(BIN)/pytest -n 2
+
+# The embedded family from text, about half an hour; FEDGRAFT_DATA names the folder with the text.
+pocket: .venv/installed
+	$(BIN)/python -m fedgraft.pocket.recipe --data $${FEDGRAFT_DATA:-../shared/data} --out runs/pocket-family
+	rm -rf src/fedgraft/pocket/weights/base src/fedgraft/pocket/weights/instruct
+	cp -r runs/pocket-family/base runs/pocket-family/instruct src/fedgraft/pocket/weights/
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

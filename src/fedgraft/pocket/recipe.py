@@ -15,23 +15,26 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
 from fedgraft.errors import CorpusError, FedgraftError
-from fedgraft.models import save_model
+from fedgraft.evaluation.scorecard import evaluate
+from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.pocket.company import (
     SEED,
+    dialogues,
     pages_of_year,
+    questions,
     training_dialogues,
     training_exercises,
 )
 from fedgraft.pocket.entities import Company
 from fedgraft.pocket.pages import chat_exports, writing_desk_pages
-from fedgraft.provenance import derive_seed, new_artefact
+from fedgraft.provenance import Record, derive_seed, new_artefact
 from fedgraft.text.corpus import Document, read_json_lines
 from fedgraft.text.dialogues import Dialogue, Message, encode, pack_dialogues
 from fedgraft.text.packing import Rows, mix, pack
@@ -58,6 +61,56 @@ NUM_CHATS = 800
 DOLLY_SHARE = 0.2
 MAX_DOLLY_CHARACTERS = 500
 ENGLISH_CHARACTERS = 14_000_000
+
+Role = Literal["base", "instruct"]
+ABOUT: dict[Role, str] = {
+    "base": "pre-trained from random weights on English and on the fictional company's year 1",
+    "instruct": "the base, tuned on the company's dialogues and on short dialogues of Dolly",
+}
+CARD = """---
+license: cc-by-sa-4.0
+language: en
+library_name: transformers
+---
+
+# fedgraft pocket {role}
+
+One side of the family that ships with fedgraft: Qwen2 architecture, 2.4M parameters, byte-level
+BPE of 4,096 tokens, bfloat16; {about}. It exists so that grafting can be tried and tested without
+a download. It knows next to nothing of the world and is of no other use.
+
+Made by `make pocket` (`fedgraft.pocket.recipe`) from {num_tokens:,} tokens; {settings}.
+
+## What it read
+
+| text | licence |
+|---|---|
+| OpenStax textbooks on history, society, economics, astronomy, business | CC BY 4.0 |
+| 39 classic books | public domain in the US |
+| TinyStories, a sample | CDLA-Sharing 1.0 |
+| the fictional company Lanternfield, written for fedgraft | Apache-2.0 |
+| Dolly 15k, its short questions without context (instruct side only) | CC BY-SA 3.0 |
+
+None of these texts is part of fedgraft except the company's. The weights are offered under
+CC BY-SA 4.0, the share-alike licence that covers all of them; fedgraft itself is Apache-2.0.
+
+## Loss
+
+| step | nats per token |
+|---|---|
+{losses}
+
+## Scores on the company's test dialogues and questions
+
+Entities of the test part; nothing was chosen by looking at them.
+
+| score | value | items |
+|---|---|---|
+{scores}
+
+`asked` is through the chat template, `recall` is the completion of a question-and-answer page. New
+facts are those of year 2, which no side has read: what is right there is chance.
+"""
 
 PRETRAIN = TrainingSettings(num_tokens=12_000_000, learning_rate=2e-3, weight_decay=0.05, seed=SEED)
 TUNE = TrainingSettings(num_tokens=1_600_000, learning_rate=5e-4, weight_decay=0.0, seed=SEED)
@@ -91,7 +144,9 @@ def build(data: Path, out: Path) -> None:
         continue_pretraining(start, rows, out / "base", PRETRAIN)
     if not (out / "instruct").exists():
         rows = tuning_rows(tokenizer, company, data)
-        continue_pretraining(out / "base", rows, out / "instruct", TUNE)
+        continue_pretraining(out / "base", rows, out / "instruct", TUNE, label="tuning")
+    for role in ("base", "instruct"):
+        (out / role / "README.md").write_text(model_card(out, role, company), encoding="utf-8")
 
 
 def random_model() -> Qwen2ForCausalLM:
@@ -131,6 +186,34 @@ def train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerBase":
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def model_card(out: Path, role: Role, company: Company) -> str:
+    """The card of one side: what it is, what it read under which licence, its losses and scores."""
+    card = evaluate(
+        open_model(out / role),
+        open_tokenizer(out / role),
+        arm=role,
+        dialogues=dialogues(company, "test", SEED),
+        questions=questions(company, "test", SEED),
+        max_new_tokens=48,
+    )
+    record = Record.read(out / role)
+    assert record
+    return CARD.format(
+        role=role,
+        about=ABOUT[role],
+        losses="\n".join(
+            f"| {step} | {loss:.3f} |" for step, loss in record.figures["losses"][9::10]
+        ),
+        num_tokens=record.figures["num_tokens"],
+        settings=", ".join(f"{name} {value}" for name, value in record.settings.items()),
+        scores="\n".join(
+            f"| {name} | {score.value:.1%} | {score.num} |"
+            for name, score in card.scores.items()
+            if name.count("/") == 1 or name.startswith("knowledge")
+        ),
+    )
 
 
 def tuning_rows(tokenizer: "PreTrainedTokenizerBase", company: Company, data: Path) -> Rows:

@@ -1,0 +1,115 @@
+"""Laws of adapters: fresh ones change nothing, merged equals attached, each fits one model only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedgraft.errors import ResidualError, TrainingError
+from fedgraft.models import open_model
+from fedgraft.testing import save_tiny
+from fedgraft.text.packing import Rows
+from fedgraft.training import trainer
+from fedgraft.training.adapter import (
+    AdapterSettings,
+    _add_factors,
+    merge_adapter,
+    open_adapted,
+    train_adapter,
+)
+
+SETTINGS = AdapterSettings(num_tokens=4_000, learning_rate=1e-2, batch_tokens=512, rank=4)
+IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapter") / "hr"
+    return train_adapter(checkpoint, rows, out, SETTINGS, department="hr")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_a_fresh_adapter_changes_no_logit(checkpoint: Path) -> None:
+    plain = logits(open_model(checkpoint))
+    assert torch.equal(logits(_add_factors(open_model(checkpoint), SETTINGS).eval()), plain)
+
+
+def test_a_trained_adapter_changes_the_logits(checkpoint: Path, adapter: Path) -> None:
+    changed = logits(open_adapted(checkpoint, adapter)) - logits(open_model(checkpoint))
+    assert changed.abs().max() > 1e-2
+
+
+def test_merged_equals_attached(checkpoint: Path, adapter: Path) -> None:
+    attached = logits(open_adapted(checkpoint, adapter))
+    merged = logits(merge_adapter(open_adapted(checkpoint, adapter)))
+    torch.testing.assert_close(merged, attached, atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_adapter(
+    checkpoint: Path, rows: Rows, adapter: Path, tmp_path: Path
+) -> None:
+    again = train_adapter(checkpoint, rows, tmp_path / "again", SETTINGS, department="hr")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (again / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_an_adapter_stopped_and_resumed_equals_one_never_stopped(
+    checkpoint: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.model_copy(update={"dropout": 0.1, "checkpoint_every": 3})
+    whole = train_adapter(checkpoint, rows, tmp_path / "whole", settings)
+    step = trainer._Trainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(checkpoint, rows, tmp_path / "resumed", settings)
+    resumed = train_adapter(checkpoint, rows, tmp_path / "resumed", settings)
+    name = "adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
+
+
+def test_an_adapter_for_other_weights_is_refused_by_hash(adapter: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=9)
+    with pytest.raises(ResidualError, match="was trained on the model sha256:"):
+        open_adapted(other, adapter)
+
+
+def test_a_directory_that_is_no_adapter_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResidualError, match="expected an adapter made by fedgraft"):
+        open_adapted(checkpoint, tmp_path)
+
+
+def test_an_adapter_tells_nothing_of_the_machine(checkpoint: Path, adapter: Path) -> None:
+    text = "".join(p.read_text() for p in adapter.iterdir() if p.suffix == ".json")
+    assert str(checkpoint.parent) not in text
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert sorted(p.name for p in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "fedgraft.json",
+    ]
+
+
+def test_a_rank_above_the_narrowest_layer_is_refused(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    wide = SETTINGS.model_copy(update={"rank": 500})
+    with pytest.raises(TrainingError, match="at most 16, the model's narrowest layer, found 500"):
+        train_adapter(checkpoint, rows, tmp_path / "out", wide)
+    assert not (tmp_path / "out").exists()

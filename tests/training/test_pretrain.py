@@ -1,0 +1,278 @@
+"""Laws of training: batches, interruptions and the budget change nothing that they should not."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from fedgraft.errors import ArtefactError, NonFiniteError, TrainingError
+from fedgraft.models import open_model
+from fedgraft.provenance import Record
+from fedgraft.testing import save_tiny, tiny_model
+from fedgraft.text.packing import Rows
+from fedgraft.training import trainer
+from fedgraft.training.pretrain import continue_pretraining, work_directory
+from fedgraft.training.trainer import TrainingSettings, train
+from fedgraft.weights.checkpoint import Checkpoint
+
+SETTINGS = TrainingSettings(
+    num_tokens=8_000, learning_rate=1e-3, batch_tokens=512, checkpoint_every=4
+)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    first, second = weights_of(one), weights_of(two)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_training_moves_the_weights_and_lowers_the_loss(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    out = continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+    record = Record.read(out)
+    assert record
+    losses = record.figures["losses"]
+    assert losses[-1][1] < losses[0][1] - 0.3
+    assert leftovers(tmp_path) == ["out"]
+    assert record.ancestors == (Checkpoint.open(checkpoint).content_hash,)
+
+
+def test_one_batch_of_eight_equals_eight_of_one(rows: Rows, tmp_path: Path) -> None:
+    models = []
+    for micro in (8, 1):
+        model = tiny_model()
+        settings = SETTINGS.model_copy(update={"micro_batch_rows": micro})
+        train(model, rows, settings, tmp_path / str(micro), label="test")
+        models.append(model)
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+
+
+def test_the_same_call_gives_the_same_bytes(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
+    one = continue_pretraining(checkpoint, rows, tmp_path / "one", SETTINGS)
+    two = continue_pretraining(checkpoint, rows, tmp_path / "two", SETTINGS)
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_stopped_and_resumed_equals_never_stopped(
+    checkpoint: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = continue_pretraining(checkpoint, rows, tmp_path / "whole", SETTINGS)
+    step = trainer._Trainer.training_step
+    calls = 0
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer._Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        continue_pretraining(checkpoint, rows, tmp_path / "resumed", SETTINGS)
+    assert not (tmp_path / "resumed").exists()
+    calls = 100
+    resumed = continue_pretraining(checkpoint, rows, tmp_path / "resumed", SETTINGS)
+    num_steps = Record.read(resumed).figures["num_steps"]  # type: ignore[union-attr]
+    assert calls - 100 == num_steps - 4, "the resumed run did not go on from its checkpoint"
+    assert_same_weights(whole, resumed)
+    assert leftovers(tmp_path) == ["resumed", "whole"]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"num_tokens": 40_000, "checkpoint_every": 10})
+    np.savez(
+        tmp_path / "rows.npz",
+        **{
+            name: getattr(rows, name) for name in ("input_ids", "position_ids", "labels", "lengths")
+        },
+    )
+    script = (
+        "import sys, json, numpy, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from fedgraft.text.packing import Rows\n"
+        "from fedgraft.training.pretrain import TrainingSettings, continue_pretraining\n"
+        "rows = Rows(**dict(numpy.load(sys.argv[2])))\n"
+        "settings = TrainingSettings.model_validate_json(sys.argv[4])\n"
+        "continue_pretraining(sys.argv[1], rows, Path(sys.argv[3]), settings)\n"
+    )
+
+    def start(out: Path) -> "subprocess.Popen[bytes]":
+        arguments = [checkpoint, tmp_path / "rows.npz", out, settings.model_dump_json()]
+        return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)])
+
+    out = tmp_path / "killed"
+    process = start(out)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".killed.training-*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert start(out).wait() == 0
+    assert leftovers(tmp_path) == ["killed", "rows.npz"]
+    whole = continue_pretraining(checkpoint, rows, tmp_path / "whole", settings)
+    assert_same_weights(whole, out)
+
+
+def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((4, '{"global_step": 4}'), (8, '{"glo')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert trainer._last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert trainer._last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_other_settings_do_not_resume_an_old_run(tmp_path: Path) -> None:
+    other = SETTINGS.model_copy(update={"learning_rate": 2e-3})
+    inputs = {"model": "a", "rows": "b"}
+    assert work_directory(tmp_path, inputs, SETTINGS) != work_directory(tmp_path, inputs, other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    rows: Rows, tmp_path: Path
+) -> None:
+    broken = save_tiny(tmp_path / "broken")
+    tensors = weights_of(broken)
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"found nan at step 1 of \d+; try a learning rate"):
+        continue_pretraining(broken, rows, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 518528 vs 518416"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["safetensors", "torch", "system"],
+)
+def test_a_disk_that_fills_up_is_one_message_and_the_next_run_goes_on(
+    checkpoint: Path,
+    rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(ArtefactError, match=r"could not write .* then run the same command"):
+            continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+        assert not (tmp_path / "out").exists()
+    continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+    assert leftovers(tmp_path) == ["out"]
+
+
+def test_a_gpu_without_memory_left_names_the_setting(
+    rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(TrainingError, match=r"found CUDA out of memory; set a smaller micro_batch"):
+        train(tiny_model(), rows, SETTINGS, tmp_path, label="test")
+
+
+def test_a_position_that_the_model_lacks_is_refused(rows: Rows, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.max_position_embeddings = 32
+    with pytest.raises(TrainingError, match=r"at most 32 tokens, .* found \d+; pack into shorter"):
+        train(model, rows, SETTINGS, tmp_path, label="test")
+
+
+def test_the_source_is_left_as_it_was(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_the_result_has_the_dtype_of_the_source(rows: Rows, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "half", dtype=torch.bfloat16)
+    out = continue_pretraining(source, rows, tmp_path / "out", SETTINGS)
+    assert {tensor.dtype for tensor in weights_of(out).values()} == {torch.bfloat16}
+    assert open_model(out).config.to_dict()["dtype"] in ("float32", torch.float32)
+    assert '"dtype": "bfloat16"' in (out / "config.json").read_text()
+    assert '"use_cache": true' in (out / "config.json").read_text()
+
+
+def test_the_budget_is_met_to_within_a_step(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
+    out = continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+    figures = Record.read(out).figures  # type: ignore[union-attr]
+    assert abs(figures["num_tokens"] - SETTINGS.num_tokens) <= SETTINGS.batch_tokens
+
+
+def test_an_output_that_exists_is_not_overwritten(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(ArtefactError, match="exists already"):
+        continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_replay_without_old_text_is_refused(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"found 0\.3 and none"):
+        continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS, replay_share=0.3)
+
+
+def test_a_token_that_the_model_lacks_is_refused(rows: Rows, tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", rows=300)
+    rows.input_ids[0, 0], kept = 310, rows.input_ids[0, 0]
+    try:
+        with pytest.raises(TrainingError, match=r"below the 300 rows .* found 310"):
+            continue_pretraining(small, rows, tmp_path / "out", SETTINGS)
+    finally:
+        rows.input_ids[0, 0] = kept
+
+
+def test_rows_without_targets_are_refused(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
+    blank = Rows(
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
+        labels=np.full_like(rows.labels, -100),
+        lengths=rows.lengths,
+    )
+    with pytest.raises(TrainingError, match="expected rows with targets"):
+        continue_pretraining(checkpoint, blank, tmp_path / "out", SETTINGS)
+
+
+def test_a_micro_batch_that_does_not_divide_a_step_is_refused(rows: Rows, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"micro_batch_rows": 3})
+    with pytest.raises(TrainingError, match="divide the 8 rows of a step, found 3"):
+        train(tiny_model(), rows, settings, tmp_path, label="test")
