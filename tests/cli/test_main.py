@@ -89,8 +89,8 @@ def test_each_result_is_named_with_the_next_step(
     assert "Qwen2ForCausalLM" in done.output
     assert f"fedgraft residual extract {base}" in done.output
 
-    training = ("--tokens", "1k", "--row-length", 64)
-    done = fedgraft("pretrain", base, "--data", text, "--out", newer, *training)
+    rows = ("--row-length", 64)
+    done = fedgraft("pretrain", base, "--data", text, "--out", newer, "--tokens", "1k", *rows)
     assert "30 documents" in done.output
     assert f"fedgraft graft {newer} RESIDUAL" in done.output
 
@@ -98,9 +98,8 @@ def test_each_result_is_named_with_the_next_step(
     assert f"graft       {grafted}" in done.output
     assert f"fedgraft chat {grafted}" in done.output
 
-    done = fedgraft(
-        "adapt", grafted, "--department", "hr", "--data", text, "--out", adapter, *training
-    )
+    whose = ("--department", "hr", "--data", text)
+    done = fedgraft("adapt", grafted, *whose, "--out", adapter, *rows)
     assert f"fedgraft chat {grafted} --adapter {adapter}" in done.output
 
     asked = ("--dialogues", material / "dialogues/test.jsonl")

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens
+from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count
 from fedgraft.cli.console import finish, say
 
 if TYPE_CHECKING:
     from fedgraft.text.packing import Rows
+
+NUM_PASSES = 3
+"""How often an adapter reads its text where no budget is given."""
 
 LearningRate = Annotated[float, typer.Option("--learning-rate", help="The highest, after warm-up.")]
 RowLength = Annotated[int, typer.Option("--row-length", help="Tokens per packed row.")]
@@ -59,7 +62,16 @@ def adapt(
     department: Annotated[str, typer.Option("--department", help="Whose text it is.")],
     data: Data,
     out: Out,
-    tokens: Tokens,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            parser=count,
+            metavar="N",
+            help="Budget, e.g. 500k.",
+            show_default="3 passes",
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the adapter.")] = 8,
     learning_rate: LearningRate = 2e-4,
     row_length: RowLength = 1024,
@@ -73,14 +85,14 @@ def adapt(
     """
     from fedgraft.training.adapter import AdapterSettings, train_adapter
 
-    train_adapter(
-        model,
-        _pack(model, data, row_length, seed),
-        out,
-        AdapterSettings(num_tokens=tokens, learning_rate=learning_rate, rank=rank, seed=seed),
-        department=department,
-        overwrite=overwrite,
+    rows = _pack(model, data, row_length, seed)
+    settings = AdapterSettings(
+        num_tokens=tokens or NUM_PASSES * rows.num_tokens,
+        learning_rate=learning_rate,
+        rank=rank,
+        seed=seed,
     )
+    train_adapter(model, rows, out, settings, department=department, overwrite=overwrite)
     finish("adapter", out, steps=[f"fedgraft chat {model} --adapter {out}"])
 
 
