@@ -1,18 +1,24 @@
-"""Greedy answers to many prompts, the same for any batch size."""
+"""Greedy answers to many prompts, the same (but for rounding) however they are batched.
+
+Greedy means the most likely token each time and nothing else. `generate` of transformers would fill
+in what a checkpoint's generation config says besides (Qwen2's instruct side: a repetition penalty
+of 1.1), so that arms with different configs would be read differently; hence a loop of our own.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
-from fedgraft.errors import EvaluationError
+from fedgraft.errors import EvaluationError, NonFiniteError
+from fedgraft.evaluation.batches import by_length
 from fedgraft.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_SIZE = 128
+BATCH_TOKENS = 16_384
 
 
 def answer(
@@ -21,52 +27,81 @@ def answer(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_size: int = BATCH_SIZE,
+    batch_tokens: int = BATCH_TOKENS,
     label: str = "answers",
 ) -> list[str]:
     """The model's most likely continuation of each prompt, up to its end-of-turn or end token.
 
-    Prompts of like length share a batch, padded on the left and masked; special tokens are left
-    out of the text.
+    Prompts of like length share a batch of at most `batch_tokens` tokens, answers included; special
+    tokens are left out of the text.
 
-    Raises EvaluationError for an empty prompt, or one that leaves no room in the model's window.
+    Raises EvaluationError for an empty prompt, or one that leaves no room in the model's window;
+    NonFiniteError where the model's logits are NaN or infinite.
     """
-    window = getattr(model.config, "max_position_embeddings", None)
-    for place, prompt in enumerate(prompts):
-        if not prompt or (window and len(prompt) + max_new_tokens > window):
-            raise EvaluationError(
-                f"prompt {place}: expected 1 to {(window or 0) - max_new_tokens} tokens, so that "
-                f"{max_new_tokens} new ones fit the model's window of {window}, found {len(prompt)}"
-            )
+    _check_fit(model, prompts, max_new_tokens)
     stop = _stop_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop[0],
-        use_cache=True,
-    )
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     texts = [""] * len(prompts)
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with torch.inference_mode(), progress(label, len(prompts), "answers") as advance:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            width = len(prompts[places[-1]])
-            ids = torch.full((len(places), width), stop[0])
-            mask = torch.zeros_like(ids)
-            for row, place in enumerate(places):
-                begin = width - len(prompts[place])
-                ids[row, begin:] = torch.tensor(prompts[place])
-                mask[row, begin:] = 1
-            written = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-            )
-            for place, tokens in zip(places, written[:, width:].tolist(), strict=True):
-                texts[place] = tokenizer.decode(tokens, skip_special_tokens=True)
+        for places in by_length(lengths, batch_tokens):
+            written = _continue(model, [prompts[place] for place in places], stop, max_new_tokens)
+            for place, tokens in zip(places, written.tolist(), strict=True):
+                end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
+                texts[place] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
             advance(len(places))
     return texts
+
+
+def _continue(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], stop: list[int], max_new_tokens: int
+) -> Tensor:
+    """Up to `max_new_tokens` tokens for each of b prompts, [b, t]; padded on the left, masked."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = [[stop[0]] * pad + [*prompt] for pad, prompt in zip(padding, prompts, strict=True)]
+    ids = torch.tensor(rows, device=model.device)
+    mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long().to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    stops = torch.tensor(stop, device=model.device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    written: list[Tensor] = []
+    cache = None
+    while len(written) < max_new_tokens and not done.all():
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        best, ids = output.logits[:, -1:].max(-1)
+        if not best.isfinite().all():
+            raise NonFiniteError(
+                "expected finite logits, found NaN or infinity while the model answered; check the "
+                "checkpoint's weights, or open it in float32"
+            )
+        written.append(ids)
+        done |= torch.isin(ids[:, 0], stops)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        positions = positions[:, -1:] + 1
+        cache = output.past_key_values
+    return torch.cat(written, 1)
+
+
+def _check_fit(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    window = getattr(model.config, "max_position_embeddings", None)
+    for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise EvaluationError(f"prompt {place}: expected at least one token, found none")
+        if window and len(prompt) + max_new_tokens > window:
+            raise EvaluationError(
+                f"prompt {place}: expected a prompt that leaves room for {max_new_tokens} new "
+                f"tokens in the model's window of {window}, found {len(prompt)} tokens; shorten "
+                "the prompt or ask for shorter answers"
+            )
 
 
 def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

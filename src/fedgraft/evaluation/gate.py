@@ -4,11 +4,13 @@ A rule compares one score of the candidate with the same score of the reference.
 measured is no reason to promote: a missing score refuses.
 """
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard
+from fedgraft.evaluation.scorecard import FOLLOWED, Score, Scorecard
 
 
 class Rule(BaseModel):
@@ -20,7 +22,7 @@ class Rule(BaseModel):
     """Name of the score; `*` stands for every department, e.g. `perplexity/*/nats_per_token`."""
     reference: str
     """The arm to compare with, e.g. `instruct`."""
-    bound: float
+    bound: float = Field(gt=0, allow_inf_nan=False)
     """The candidate's value must be at least (shares) or at most (nats, bits) this many times the
     reference's."""
     words: str
@@ -70,20 +72,14 @@ class Decision(BaseModel):
 
 def decide(
     candidate: Scorecard,
-    references: dict[str, Scorecard],
-    rules: tuple[Rule, ...] = DEFAULT_RULES,
+    references: Mapping[str, Scorecard],
+    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> Decision:
-    """Apply the rules; all must pass. A rule none of whose scores any reference has is left out."""
-    reasons = []
-    for rule in rules:
-        reference = references.get(rule.reference)
-        if reference is None:
-            reasons.append(
-                Reason(passed=False, text=f"{rule.words}: no scores of {rule.reference} to compare")
-            )
-            continue
-        reasons += [_apply(rule, name, candidate, reference) for name in _names(rule, reference)]
-    passed = bool(reasons) and all(reason.passed for reason in reasons)
+    """Apply each rule to each score that it names; all must pass, and there must be one."""
+    reasons = [reason for rule in rules for reason in _apply(rule, candidate, references)]
+    if not reasons:
+        reasons = [Reason(passed=False, text="no rule was given, so nothing was checked")]
+    passed = all(reason.passed for reason in reasons)
     return Decision(
         candidate=candidate.arm,
         verdict="promote" if passed else "refuse",
@@ -91,25 +87,32 @@ def decide(
     )
 
 
-def _names(rule: Rule, reference: Scorecard) -> list[str]:
-    if "*" not in rule.score:
-        return [rule.score] if rule.score in reference.scores else []
-    before, after = rule.score.split("*")
-    return [n for n in reference.scores if n.startswith(before) and n.endswith(after)]
+def _apply(rule: Rule, candidate: Scorecard, references: Mapping[str, Scorecard]) -> list[Reason]:
+    reference = references.get(rule.reference)
+    if reference is None:
+        text = f"{rule.words}: there are no scores of {rule.reference} to compare with"
+        return [Reason(passed=False, text=text)]
+    known = dict.fromkeys((*reference.scores, *candidate.scores))
+    names = [name for name in known if fnmatchcase(name, rule.score)] or [rule.score]
+    return [_compare(rule, name, candidate, reference) for name in names]
 
 
-def _apply(rule: Rule, name: str, candidate: Scorecard, reference: Scorecard) -> Reason:
-    wanted, found = reference.scores[name], candidate.scores.get(name)
-    if found is None:
-        return Reason(passed=False, text=f"{rule.words}: {name} was not measured")
+def _compare(rule: Rule, name: str, candidate: Scorecard, reference: Scorecard) -> Reason:
+    for card in (candidate, reference):
+        if name not in card.scores:
+            text = f"{rule.words}: {name} was not measured for {card.arm}"
+            return Reason(passed=False, text=text)
+    found, wanted = candidate.scores[name], reference.scores[name]
     limit = rule.bound * wanted.value
-    better_up = wanted.higher_is_better
-    passed = found.value >= limit if better_up else found.value <= limit
-    shown = f"{found.value:.0%}" if wanted.unit == "share" else f"{found.value:.3f} {wanted.unit}"
-    bound = f"{limit:.0%}" if wanted.unit == "share" else f"{limit:.3f} {wanted.unit}"
-    relation = "at least" if better_up else "at most"
+    up = wanted.higher_is_better
+    passed = found.value >= limit if up else found.value <= limit
     return Reason(
         passed=passed,
-        text=f"{rule.words}: {name} is {shown}, {relation} {bound} was asked"
+        text=f"{rule.words}: {name} is {_shown(found.value, found)}, "
+        f"{'at least' if up else 'at most'} {_shown(limit, wanted)} was asked"
         + ("" if passed else " - not reached"),
     )
+
+
+def _shown(value: float, score: Score) -> str:
+    return f"{value:.1%}" if score.unit == "share" else f"{value:.3f} {score.unit}"

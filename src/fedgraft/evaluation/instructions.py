@@ -118,8 +118,13 @@ def loose_variants(answer: str) -> tuple[str, ...]:
 
 
 def contains(text: str, phrase: str) -> bool:
-    """Whether the phrase stands on its own in the text ("art" is not in "part"), in any case."""
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None
+    """Whether the phrase stands on its own in the text, in any case.
+
+    "art" is not in "part", and "200" is neither in "1,200" nor in "200.5". A blank phrase is in
+    no text.
+    """
+    alone = rf"(?<!\w)(?<!\d[.,]){re.escape(phrase)}(?!\w)(?![.,]\d)"
+    return bool(phrase.strip()) and re.search(alone, text, re.IGNORECASE) is not None
 
 
 def sentences(text: str) -> list[str]:

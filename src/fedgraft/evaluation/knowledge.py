@@ -6,9 +6,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from fedgraft.errors import EvaluationError
 from fedgraft.evaluation.answers import answer
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 24
 
+Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
 
 class Question(BaseModel):
     """The beginning of a text whose next line holds the answer."""
@@ -27,8 +29,8 @@ class Question(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
-    prompt: str
-    accepted: tuple[str, ...]
+    prompt: str = Field(min_length=1)
+    accepted: tuple[Phrase, ...] = Field(min_length=1)
     """Phrases, any of which is right."""
     department: str | None = None
     group: str = ""
@@ -46,10 +48,12 @@ def load_questions(path: str | Path) -> tuple[Question, ...]:
         try:
             questions.append(Question.model_validate(row))
         except ValidationError as error:
+            faults = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+            )
             raise EvaluationError(
                 f"{path}, line {number}: expected a question with the fields "
-                f"{', '.join(Question.model_fields)}, found {error.errors()[0]['msg']} at "
-                f"{error.errors()[0]['loc']}; mend the line"
+                f"{', '.join(Question.model_fields)}, found {faults}; mend the line"
             ) from error
     if not questions:
         raise EvaluationError(f"{path}: expected at least one question, found none")
@@ -57,7 +61,10 @@ def load_questions(path: str | Path) -> tuple[Question, ...]:
 
 
 def is_right(text: str, accepted: Sequence[str]) -> bool:
-    """Whether one of the accepted phrases stands in the text, on its own, in any case."""
+    """Whether one of the accepted phrases stands in the text, on its own, in any case.
+
+    An answer that names several things is right if one of them is.
+    """
     return any(contains(text, phrase) for phrase in accepted)
 
 
@@ -68,8 +75,12 @@ def recall(
     *,
     label: str = "recall",
 ) -> list[bool]:
-    """For each question, whether the first line of the model's greedy completion is right."""
-    prompts = [tokenizer.encode(q.prompt, add_special_tokens=False) for q in questions]
+    """For each question, whether the first line of the model's greedy completion is right.
+
+    Line breaks before the first word are skipped; what a model writes in later lines (a base model
+    goes on to the next question) does not count.
+    """
+    prompts = [tokenizer.encode(question.prompt) for question in questions]
     texts = answer(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, label=label)
     return [
         is_right(text.strip().split("\n")[0], question.accepted)

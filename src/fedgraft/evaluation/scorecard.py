@@ -4,23 +4,26 @@ instructions/prompt_strict              share of prompts whose every constraint 
 instructions/prompt_loose               the same, harmless variants allowed
 instructions/instruction_strict         share of single constraints met
 instructions/instruction_loose
+instructions/right                      share of prompts whose answer is right, in whatever form
 instructions/right_and_as_instructed    share of prompts answered right, every constraint met
-instructions/<any of these>/<group>     the same for one group of dialogues
-knowledge/asked/<group>                 share of plain questions answered right, through the chat
-knowledge/recall/<group>                share of questions completed right, as plain text
+instructions/<any of these>/<part>      the same for one group or one department of dialogues
+knowledge/asked                         share of plain questions answered right, through the chat
+knowledge/asked/<group>
+knowledge/recall                        share of questions completed right, as plain text
+knowledge/recall/<group>
 perplexity/<department>/nats_per_token  on held-out documents of the department
 perplexity/<department>/bits_per_byte
 response/nats_per_token                 on the answers of held-out dialogues
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from fedgraft.evaluation.answers import answer
-from fedgraft.evaluation.following import Marks, mark
+from fedgraft.evaluation.following import Marks, constraints_of, mark
 from fedgraft.evaluation.knowledge import Question, recall
 from fedgraft.evaluation.perplexity import Perplexity, document_perplexity, response_perplexity
 from fedgraft.text.corpus import Document
@@ -38,11 +41,11 @@ class Score(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    value: float
+    value: FiniteFloat
     num: int
-    """Prompts, questions or tokens that were scored."""
-    stderr: float
-    """Standard error of the value over the items that were scored."""
+    """What the value is a share or a mean of: prompts, constraints, questions, tokens or bytes."""
+    stderr: FiniteFloat
+    """Standard error of the value, over prompts, questions or texts."""
     unit: Literal["share", "nats", "bits"]
 
     @property
@@ -57,7 +60,8 @@ class Example(BaseModel):
 
     prompt: str
     answer: str
-    right: bool
+    right: bool | None
+    """None where nobody can tell."""
     as_instructed: bool
 
 
@@ -99,16 +103,24 @@ def evaluate(
         dialogues: Prompts to be answered; those without constraints are plain questions.
         questions: Texts to be completed.
         responses: Dialogues whose given answers are scored.
+
+    Raises EvaluationError where the material cannot be asked or scored (constraints are checked
+    first, before the model is asked anything), NonFiniteError where the model is broken.
     """
+    for dialogue in dialogues:
+        constraints_of(dialogue)
     scores: dict[str, Score] = {}
     for department, held_out in (documents or {}).items():
         measured = document_perplexity(
             model, tokenizer, held_out, window=window, label=f"{arm}: text of {department}"
         )
-        scores |= _perplexity_scores(f"perplexity/{department}", measured)
+        scores |= {
+            f"perplexity/{department}/nats_per_token": _nats_per_token(measured),
+            f"perplexity/{department}/bits_per_byte": _bits_per_byte(measured),
+        }
     if responses:
         measured = response_perplexity(model, tokenizer, responses, label=f"{arm}: responses")
-        scores |= _perplexity_scores("response", measured)
+        scores["response/nats_per_token"] = _nats_per_token(measured)
     marks: list[Marks] = []
     if dialogues:
         prompts = [prompt_ids(tokenizer, dialogue.messages) for dialogue in dialogues]
@@ -116,68 +128,83 @@ def evaluate(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=f"{arm}: dialogues"
         )
         marks = mark(dialogues, answers)
-        scores |= _marks_scores(marks)
+        scores |= _instruction_scores([m for m in marks if m.dialogue.constraints])
+        asked = [(m.dialogue.group, m.right) for m in marks if not m.dialogue.constraints]
+        scores |= _knowledge_scores("knowledge/asked", asked)
     if questions:
         known = recall(model, tokenizer, questions, label=f"{arm}: questions")
-        for group in dict.fromkeys(question.group for question in questions):
-            ours = [k for k, q in zip(known, questions, strict=True) if q.group == group]
-            scores[f"knowledge/recall/{group}"] = _share(ours)
+        groups = [question.group for question in questions]
+        scores |= _knowledge_scores("knowledge/recall", zip(groups, known, strict=True))
     return Scorecard(arm=arm, seed=seed, scores=scores, examples=_examples(marks, num_examples))
 
 
-def _marks_scores(marks: Sequence[Marks]) -> dict[str, Score]:
-    instructed = [m for m in marks if m.dialogue.constraints]
-    plain = [m for m in marks if not m.dialogue.constraints]
-    scores: dict[str, Score] = {}
-    parts: dict[str, list[Marks]] = {"": instructed}
-    for m in instructed:
-        for part in (m.dialogue.group, m.dialogue.department):
-            if part:
-                parts.setdefault(f"/{part}", []).append(m)
-    figures: dict[str, Callable[[Marks], Sequence[bool]]] = {
-        "prompt_strict": lambda m: [all(m.strict)],
-        "prompt_loose": lambda m: [all(m.loose)],
-        "instruction_strict": lambda m: m.strict,
-        "instruction_loose": lambda m: m.loose,
-        "right_and_as_instructed": lambda m: [m.right_and_as_instructed],
-    }
-    for suffix, ours in parts.items():
-        if ours:
-            for name, figure in figures.items():
-                met = [one for m in ours for one in figure(m)]
-                scores[f"instructions/{name}{suffix}"] = _share(met)
-    for group in dict.fromkeys(m.dialogue.group for m in plain):
-        right = [m.right for m in plain if m.dialogue.group == group]
-        scores[f"knowledge/asked/{group}"] = _share(right)
-    return scores
+FIGURES: dict[str, Callable[[Marks], Sequence[bool | None]]] = {
+    "prompt_strict": lambda marks: [marks.as_instructed],
+    "prompt_loose": lambda marks: [all(marks.loose)],
+    "instruction_strict": lambda marks: marks.strict,
+    "instruction_loose": lambda marks: marks.loose,
+    "right": lambda marks: [marks.right],
+    "right_and_as_instructed": lambda marks: [marks.right_and_as_instructed],
+}
 
 
-def _perplexity_scores(name: str, measured: Perplexity) -> dict[str, Score]:
-    """Both figures; the standard error is that of a ratio of sums over texts (jackknife-linear)."""
-    mean = measured.nats_per_token
-    spread = sum((nats - mean * tokens) ** 2 for nats, tokens in measured.per_text)
-    stderr = math.sqrt(spread) / measured.num_tokens
-    to_bits = measured.bits_per_byte / mean if mean else 0.0
-    num = measured.num_tokens
+def _instruction_scores(marks: Sequence[Marks]) -> dict[str, Score]:
+    parts: dict[str, list[Marks]] = {}
+    for m in marks:
+        for part in dict.fromkeys((None, m.dialogue.group or None, m.dialogue.department)):
+            parts.setdefault(f"/{part}" if part else "", []).append(m)
     return {
-        f"{name}/nats_per_token": Score(value=mean, num=num, stderr=stderr, unit="nats"),
-        f"{name}/bits_per_byte": Score(
-            value=measured.bits_per_byte, num=num, stderr=stderr * to_bits, unit="bits"
-        ),
+        f"instructions/{name}{suffix}": score
+        for suffix, ours in parts.items()
+        for name, figure in FIGURES.items()
+        if (score := _share(map(figure, ours)))
     }
 
 
-def _share(met: Sequence[bool]) -> Score:
-    value = sum(met) / len(met)
-    stderr = math.sqrt(value * (1 - value) / len(met))
-    return Score(value=value, num=len(met), stderr=stderr, unit="share")
+def _knowledge_scores(name: str, known: Iterable[tuple[str, bool | None]]) -> dict[str, Score]:
+    """Overall and for each named group, from (group, right) of each question."""
+    parts: dict[str, list[list[bool | None]]] = {name: []}
+    for group, right in known:
+        parts[name].append([right])
+        if group:
+            parts.setdefault(f"{name}/{group}", []).append([right])
+    return {part: score for part, ours in parts.items() if (score := _share(ours))}
+
+
+def _share(items: Iterable[Sequence[bool | None]]) -> Score | None:
+    """The share of True among the verdicts of all items; None where there is no verdict."""
+    told = [[verdict for verdict in item if verdict is not None] for item in items]
+    if not any(told):
+        return None
+    return _ratio([(sum(item), len(item)) for item in told], unit="share")
+
+
+def _nats_per_token(measured: Perplexity) -> Score:
+    return _ratio([(text.nats, text.num_tokens) for text in measured.per_text], unit="nats")
+
+
+def _bits_per_byte(measured: Perplexity) -> Score:
+    pairs = [(text.nats / math.log(2), text.num_bytes) for text in measured.per_text]
+    return _ratio(pairs, unit="bits")
+
+
+def _ratio(items: Sequence[tuple[float, int]], *, unit: Literal["share", "nats", "bits"]) -> Score:
+    """Sum of (amount, size) items' amounts over their sizes.
+
+    The standard error is that of a ratio of sums over independent items (Cochran 1977, eq. 2.39):
+    what one prompt or text holds goes together, so it counts as one draw.
+    """
+    total = sum(size for _, size in items)
+    value = math.fsum(amount for amount, _ in items) / total
+    spread = math.fsum((amount - value * size) ** 2 for amount, size in items)
+    return Score(value=value, num=total, stderr=math.sqrt(spread) / total, unit=unit)
 
 
 def _examples(marks: Sequence[Marks], count: int) -> tuple[Example, ...]:
     step = max(1, len(marks) // count) if count else 1
     return tuple(
         Example(
-            prompt=m.dialogue.messages[-1].content,
+            prompt=next((t.content for t in m.dialogue.messages[::-1] if t.role == "user"), ""),
             answer=m.answer,
             right=m.right,
             as_instructed=m.as_instructed,
