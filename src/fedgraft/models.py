@@ -4,14 +4,17 @@ The only caller of transformers' Auto classes. Weights come from safetensors alo
 with a checkpoint is never run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from fedgraft.errors import CheckpointError
+from fedgraft.errors import ArtefactError, CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,17 +53,19 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     Raises CheckpointError where there is none that transformers can open.
     """
     _check_directory(path)
+    remedy = "copy the tokenizer's files of the original model beside the weights"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: expected a tokenizer (tokenizer.json), found: {_first_line(error)}; copy the "
-            "tokenizer's files of the original model beside the weights"
+            f"{path}: expected a tokenizer (tokenizer.json), found: {_first_line(error)}; {remedy}"
         ) from error
-    if len(tokenizer) == 0:
-        raise CheckpointError(f"{path}: expected a tokenizer with tokens, found an empty one")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where the files are missing
+        raise CheckpointError(
+            f"{path}: expected a tokenizer (tokenizer.json), found none; {remedy}"
+        )
     return tokenizer
 
 
@@ -68,8 +73,25 @@ def save_model(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
 ) -> None:
     """Write weights in their dtype, configs, tokenizer, chat template; same model, same bytes."""
-    model.save_pretrained(folder)
+    with saving(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn a failed write into an ArtefactError.
+
+    On a full disk safetensors and torch raise errors of their own, not OSError; torch's does not
+    even say why.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtefactError(
+            f"could not write {folder}: {_first_line(error)}. Is the disk full? Free some space or "
+            "choose another place, then run the same command again"
+        ) from error
 
 
 def device() -> torch.device:

@@ -84,6 +84,18 @@ def test_bytes_that_are_not_utf8_are_reported_by_place(tmp_path: Path) -> None:
         Corpus.load(tmp_path / "b.jsonl")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Row"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfNote")
+    assert [d.text for d in Corpus.load(tmp_path).documents] == ["Row", "Note"]
+
+
+def test_half_a_surrogate_pair_is_reported_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "ab\\ud83d"}\n')
+    with pytest.raises(CorpusError, match=r"line 2: .* lone surrogate \\ud83d at character 2"):
+        Corpus.load(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": "  "}\n'])
 def test_an_empty_corpus_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from fedgraft.errors import CorpusError
 from fedgraft.testing import ARCHITECTURES, Architecture, tiny_model, tiny_tokenizer
@@ -137,6 +138,24 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     endless.eos_token = None
     with pytest.raises(CorpusError, match="end-of-text token"):
         pack(endless, documents_of(["a"]), 16)
+
+
+def test_a_document_begins_with_the_start_token_where_the_tokenizer_sets_one() -> None:
+    starting = tiny_tokenizer()
+    starting.add_special_tokens({"bos_token": "<|im_start|>"})
+    assert starting.bos_token_id not in members(pack(starting, documents_of(["a"]), 16))[0]
+    starting.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", starting.bos_token_id)]
+    )
+    rows = pack(starting, documents_of(["ab", "c"]), 16)
+    whole = [[starting.bos_token_id, *starting.encode(t)[1:], 0] for t in ("ab", "c")]
+    assert sorted(members(rows)) == sorted(whole)
+    assert rows.num_targets == rows.num_tokens - 2
+
+
+def test_rows_of_one_token_are_refused() -> None:
+    with pytest.raises(CorpusError, match=r"at least 2 tokens, .* found 1"):
+        pack(tokenizer(), documents_of(["one"]), 1)
 
 
 def test_a_share_of_zero_is_refused() -> None:

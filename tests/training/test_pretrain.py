@@ -32,7 +32,8 @@ SETTINGS = TrainingSettings(
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
 
 
 def assert_same_weights(one: Path, two: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
 
     out = tmp_path / "killed"
     process = start(out)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".killed.training-*/checkpoint-*/trainer_state.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -253,12 +254,8 @@ def test_replay_without_old_text_is_refused(checkpoint: Path, rows: Rows, tmp_pa
 
 def test_a_token_that_the_model_lacks_is_refused(rows: Rows, tmp_path: Path) -> None:
     small = save_tiny(tmp_path / "small", rows=300)
-    rows.input_ids[0, 0], kept = 310, rows.input_ids[0, 0]
-    try:
-        with pytest.raises(TrainingError, match=r"below the 300 rows .* found 310"):
-            continue_pretraining(small, rows, tmp_path / "out", SETTINGS)
-    finally:
-        rows.input_ids[0, 0] = kept
+    with pytest.raises(TrainingError, match=rf"below the 300 rows .* found {rows.input_ids.max()}"):
+        continue_pretraining(small, rows, tmp_path / "out", SETTINGS)
 
 
 def test_rows_without_targets_are_refused(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:

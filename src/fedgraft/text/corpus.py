@@ -7,8 +7,10 @@ stops the load with its place.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fedgraft.errors import CorpusError
 
@@ -62,8 +64,9 @@ class Corpus:
         for file in _files(paths):
             for document in _read(file, field):
                 num_read += 1
-                if document.hash not in seen:
-                    seen.add(document.hash)
+                found = document.hash
+                if found not in seen:
+                    seen.add(found)
                     documents.append(document)
         if not documents:
             raise CorpusError(
@@ -98,10 +101,11 @@ class Corpus:
 def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            yield from sorted(p for p in inside if p.is_file())
         elif not path.exists():
             raise CorpusError(f"expected a file or folder of text at {path}, found nothing there")
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix.lower() not in SUFFIXES:
             raise CorpusError(
                 f"expected a file with one of {', '.join(SUFFIXES)}, found {path}; convert it or "
                 "name a folder"
@@ -111,7 +115,7 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
 
 
 def _read(file: Path, field: str) -> Iterator[Document]:
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         for number, row in read_json_lines(file):
             text = row.get(field)
             if not isinstance(text, str):
@@ -120,11 +124,13 @@ def _read(file: Path, field: str) -> Iterator[Document]:
                     f"fields {', '.join(map(repr, row)) or 'none'}; name the right field or mend "
                     "the line"
                 )
+            _check_characters(text, file, number)
             if text.strip():
                 name = str(row.get("id", f"{file.name}:{number}"))
                 yield Document(id=name, text=text, source=file.name)
     else:
-        text = _decode(file.read_bytes(), file)
+        with _opened(file) as opened:
+            text = _decode(opened.read(), file)
         if text.strip():
             yield Document(id=file.name, text=text, source=file.name)
 
@@ -134,11 +140,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
     Raises CorpusError with file and line where a line is not UTF-8, not JSON or not an object.
     """
-    try:
-        lines = file.open("rb")
-    except OSError as error:
-        raise CorpusError(f"expected a file to read at {file}, found: {error.strerror}") from error
-    with lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -157,9 +159,34 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield number, row
 
 
-def _decode(data: bytes, file: Path, line: int | None = None) -> str:
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
-        return data.decode("utf-8")
+        opened = file.open("rb")
+    except OSError as error:
+        raise CorpusError(
+            f"expected a file to read at {file}, found: {error.strerror}; check its name and rights"
+        ) from error
+    with opened:
+        yield opened
+
+
+def _check_characters(text: str, file: Path, line: int) -> None:
+    """JSON can spell half a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{file}, line {line}: expected characters of Unicode, found the lone surrogate "
+            f"\\u{ord(text[error.start]):04x} at character {error.start} of the text; mend "
+            "or remove the line"
+        ) from error
+
+
+def _decode(data: bytes, file: Path, line: int | None = None) -> str:
+    """The text without the byte order mark that some editors put before it."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         place = f"line {line}, " if line else ""
         raise CorpusError(

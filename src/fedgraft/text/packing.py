@@ -97,22 +97,29 @@ def pack(
 ) -> Rows:
     """Pack whole documents into rows, best fit first; each is closed by the end-of-text token.
 
-    A document longer than a row is cut into rows' lengths, each piece with positions from 0. The
-    order of the rows is shuffled by the seed. Every token appears once.
+    A document begins with the start-of-text token where the tokenizer sets one (Llama, Gemma). One
+    longer than a row is cut into rows' lengths, each piece with positions from 0. The order of the
+    rows is shuffled by the seed. Every token appears once.
 
-    Raises CorpusError where there is no document, or the tokenizer has no end-of-text token.
+    Raises CorpusError where there is no document, rows are shorter than 2 tokens, or the tokenizer
+    has no end-of-text token.
     """
+    if row_length < 2:
+        raise CorpusError(
+            f"expected rows of at least 2 tokens, so that one predicts another, found {row_length}"
+        )
     end = tokenizer.eos_token_id
     if end is None:
         raise CorpusError(
             "expected a tokenizer with an end-of-text token to close documents with, found none; "
             "set eos_token in tokenizer_config.json"
         )
+    start_of_text = [i for i in tokenizer.encode("")[:1] if i == tokenizer.bos_token_id]
     texts = [document.text for document in documents]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     pieces = []
     for ids in encoded:
-        whole = [*ids, end]
+        whole = [*start_of_text, *ids, end]
         for start in range(0, len(whole), row_length):
             piece = whole[start : start + row_length]
             pieces.append((piece, [IGNORED, *piece[1:]]))

@@ -4,7 +4,6 @@ The only caller of peft. An adapter is bound to the weights it was trained on by
 """
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 
 from fedgraft.errors import ResidualError, TrainingError
-from fedgraft.models import open_model
+from fedgraft.models import open_model, saving
 from fedgraft.provenance import Record, new_artefact
 from fedgraft.text.packing import Rows
-from fedgraft.training.pretrain import work_directory
+from fedgraft.training.pretrain import remove_work, work_directory
 from fedgraft.training.trainer import TrainingSettings, train
 from fedgraft.weights.checkpoint import Checkpoint
 
@@ -57,7 +56,8 @@ def train_adapter(
         workdir = work_directory(out, inputs, settings)
         adapted = _add_factors(open_model(source.path), settings)
         outcome = train(adapted, rows, settings, workdir, label=label)
-        adapted.save_pretrained(partial)
+        with saving(partial):
+            adapted.save_pretrained(partial)
         _forget_path(partial)
         Record.make(
             "adapter",
@@ -65,7 +65,7 @@ def train_adapter(
             settings={**settings.model_dump(), "department": department},
             figures=asdict(outcome),
         ).write(partial)
-    shutil.rmtree(workdir, ignore_errors=True)
+    remove_work(out)
     return out
 
 

@@ -3,6 +3,7 @@
 Instruction tuning is the same call on the rows of dialogues, whose labels leave out the prompts.
 """
 
+import glob
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -65,7 +66,7 @@ def continue_pretraining(
             settings={**settings.model_dump(), "replay_share": replay_share},
             figures=asdict(outcome),
         ).write(partial)
-    shutil.rmtree(workdir, ignore_errors=True)
+    remove_work(out)
     return out
 
 
@@ -73,6 +74,12 @@ def work_directory(out: Path, inputs: dict[str, str], settings: TrainingSettings
     """Where a run keeps what it needs to go on; other inputs or settings, another directory."""
     key = hash_json([inputs, settings.model_dump()]).removeprefix("sha256:")[:12]
     return out.absolute().with_name(f".{out.name}.training-{key}")
+
+
+def remove_work(out: Path) -> None:
+    """Remove what runs kept beside `out` to go on from, those with other settings included."""
+    for left in out.absolute().parent.glob(f".{glob.escape(out.name)}.training-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

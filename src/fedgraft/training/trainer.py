@@ -8,6 +8,7 @@ and ends with the same weights as a run that was never killed.
 import ctypes
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from fedgraft.errors import NonFiniteError, TrainingError
-from fedgraft.models import device, training_precision
+from fedgraft.models import device, saving, training_precision
 from fedgraft.progress import Advance, progress
 from fedgraft.provenance import derive_seed
 from fedgraft.text.packing import Rows
@@ -84,7 +85,8 @@ def train(
     step, however it is cut into forward passes.
 
     Raises NonFiniteError where the loss turns NaN or Inf (naming the step), TrainingError where
-    there is nothing to learn or a token the model does not have.
+    there is nothing to learn or a token or a position that the model does not have, ArtefactError
+    where `workdir` cannot be written.
     """
     _check(model, rows)
     keep_freed_memory()
@@ -121,6 +123,7 @@ def train(
         dataloader_pin_memory=device().type == "cuda",
         seed=settings.seed,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would multiply the batch (DataParallel)
     started = time.monotonic()
     use_cache, model.config.use_cache = model.config.use_cache, False
     tokens_per_step = rows.num_tokens / len(rows) * rows_per_step
@@ -177,7 +180,14 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        try:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"expected memory for a step of {self.args.per_device_train_batch_size} rows at a "
+                f"time, found {str(error).split('. ')[0]}; set a smaller micro_batch_rows (the "
+                "result is the same) or shorter rows"
+            ) from error
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"expected a finite loss, found {loss.item()} at step "
@@ -185,6 +195,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
                 f"below {self.args.learning_rate:g} or a longer warm-up. Nothing was written"
             )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -256,6 +270,12 @@ def _check(model: "PreTrainedModel", rows: Rows) -> None:
             f"expected token ids below the {known} rows of the model's embedding, found {highest}; "
             "pack the text with the tokenizer of this model"
         )
+    num_positions = getattr(model.config, "max_position_embeddings", rows.row_length)
+    if (longest := int(rows.position_ids.max()) + 1) > num_positions:
+        raise TrainingError(
+            f"expected pieces of at most {num_positions} tokens, the model's positions, found "
+            f"{longest}; pack into shorter rows"
+        )
 
 
 def _last_whole_checkpoint(workdir: Path) -> str | None:
@@ -264,8 +284,7 @@ def _last_whole_checkpoint(workdir: Path) -> str | None:
         try:
             json.loads((Path(found) / "trainer_state.json").read_bytes())
         except (OSError, ValueError):
-            broken = Path(found)
-            broken.rename(broken.with_name(f"broken-{broken.name}"))
+            shutil.rmtree(found)
         else:
             return str(found)
     return None
