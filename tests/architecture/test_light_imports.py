@@ -1,10 +1,10 @@
 """A command answers at once: nothing heavy is loaded before it is needed."""
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -38,11 +38,13 @@ def test_weights_work_without_torch() -> None:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
+    """Counted in processor time, which does not depend on what else the machine is doing."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-m", "fedgraft.cli.main", "--help"], capture_output=True, check=True
         )
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert statistics.median(seconds) < 0.5, seconds

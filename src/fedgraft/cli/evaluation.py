@@ -111,7 +111,7 @@ def chat(
     while True:
         try:
             asked = input("> " if interactive else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if asked == "/new":
             turns = []

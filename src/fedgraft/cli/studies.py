@@ -1,6 +1,5 @@
 """`quickstart`, `study run`, `report`: a question, answered by arms and shown on a page."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -54,14 +53,8 @@ def _run(file: Path, out: Path) -> None:
     from fedgraft.study.arms import run as run_study
     from fedgraft.study.study import Study
 
-    started = time.monotonic()
-
-    def announce(stage: str) -> None:
-        minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        typer.echo(f"[{minutes:3}:{seconds:02}] {stage}", err=True)
-
     study = Study.load(file, places_of(file, out))
-    result = run_study(study, out, say=announce)
+    result = run_study(study, out, say=lambda line: typer.echo(line, err=True))
     page = write_report(out)
     typer.echo(f"\n{result.verdict}\n")
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"

@@ -41,12 +41,17 @@ SCORE_WORDS = {
     "instructions/prompt_loose": "prompts followed, loosely read",
     "instructions/instruction_strict": "single instructions followed",
     "instructions/instruction_loose": "single instructions, loosely read",
+    "instructions/right": "right, whatever the form",
     RIGHT_AND_FOLLOWED: "right and as instructed",
+    "knowledge/asked": "facts known, asked in chat",
     NEW_FACTS: "new facts known, asked in chat",
     "knowledge/asked/old": "old facts known, asked in chat",
+    "knowledge/recall": "facts known, as text to complete",
     "knowledge/recall/new": "new facts known, as text to complete",
     "knowledge/recall/old": "old facts known, as text to complete",
 }
+
+ScoreRows = list[tuple[str, list[Summary | None]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +100,7 @@ def render(result: Result) -> str:
         colours=COLOURS,
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
-        scores=_score_rows(result),
+        tables=_score_tables(result),
         adapters=_adapter_rows(result),
         examples=_examples(result),
         settings=list(_flatten(result.settings)),
@@ -312,13 +317,14 @@ def _cost_plots(result: Result) -> Iterator[Plot]:
     )
 
 
-def _score_rows(result: Result) -> list[tuple[str, list[Summary | None]]]:
-    """Every score in words, with each arm's summary; None where an arm lacks it."""
-    names = dict.fromkeys(name for scores in result.summary.values() for name in scores)
-    return [
-        (score_words(name), [result.summary.get(arm.arm, {}).get(name) for arm in result.arms])
-        for name in names
-    ]
+def _score_tables(result: Result) -> dict[str, ScoreRows]:
+    """Every score in words, with each arm's summary: the main ones, then the finer ones."""
+    tables: dict[str, ScoreRows] = {"main": [], "finer": []}
+    for name in dict.fromkeys(name for scores in result.summary.values() for name in scores):
+        is_main = name in SCORE_WORDS or name.endswith("/nats_per_token")
+        summaries = [result.summary.get(arm.arm, {}).get(name) for arm in result.arms]
+        tables["main" if is_main else "finer"].append((score_words(name), summaries))
+    return tables
 
 
 def _adapter_rows(result: Result) -> list[tuple[str, list[str | None]]]:
