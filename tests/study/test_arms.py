@@ -20,6 +20,7 @@ from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study.arms import Material, run
 from fedgraft.study.result import ARMS, Result
+from fedgraft.study.stage import code_hash
 from fedgraft.study.study import Study
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.residual import Residual
@@ -189,6 +190,14 @@ def test_other_ways_to_score_train_nothing_again(ran: Ran, tmp_path: Path) -> No
     assert len([title for title in again.stages_done if title.startswith("score")]) == len(ARMS)
 
 
+def test_another_share_of_replay_trains_again(ran: Ran, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"seeds": [1], "adapters": None, "scale": None}
+    first = run_small(ran.material, tmp_path / "out", **few)
+    again = first.again(**few, replay={"corpus": ["place:replay.jsonl"], "share": 0.5})
+    trained_again = [title for title in again.stages_done if "pre-train" in title]
+    assert trained_again == ["seed 1: pre-train s1", "seed 1: pre-train pretrained_base"]
+
+
 def test_a_study_without_dialogues_grafts_the_plain_sum_and_claims_nothing(
     ran: Ran, tmp_path: Path
 ) -> None:
@@ -261,16 +270,18 @@ RUNNER = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
+from fedgraft.study import stage
 from fedgraft.study.arms import run
 from fedgraft.study.study import Study
-file, place, out = map(Path, sys.argv[1:])
+file, place, out = map(Path, sys.argv[1:4])
+stage.code_hash = lambda: sys.argv[4]  # of the process that started this one
 run(Study.load(file, {"place": place}), out, say=lambda line: print(line, flush=True))
 """
 
 
 def kill_at(file: Path, ran: Ran, out: Path, title: str, seconds: float) -> None:
     """Run a study in a process of its own and kill it so long after the stage was announced."""
-    command = [sys.executable, "-c", RUNNER, str(file), str(ran.material), str(out)]
+    command = [sys.executable, "-c", RUNNER, str(file), str(ran.material), str(out), code_hash()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
