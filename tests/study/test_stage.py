@@ -101,6 +101,21 @@ def test_a_stage_that_is_run_again_is_incomplete_until_it_ends(tmp_path: Path) -
     run(tmp_path / "s", look, inputs={})
 
 
+def test_the_record_goes_before_what_it_vouches_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a kill in between leaves a record of things that are not there."""
+    run(tmp_path / "s", Maker())
+
+    def killed(folder: Path, *, hidden: bool) -> None:  # noqa: ARG001
+        assert not (folder / RECORD).exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_clear", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s", Maker(), inputs={})
+
+
 def test_a_full_disk_is_told_with_its_place(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
