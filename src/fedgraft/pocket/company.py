@@ -38,7 +38,7 @@ from fedgraft.text.dialogues import Demand, Dialogue, Message
 SEED = 0
 """The company whose year 1 the embedded base has read."""
 
-NUM_TRAINING_DIALOGUES = 8000
+NUM_TRAINING_DIALOGUES = 20_000
 NUM_SCORED = {"old": 120, "new": 120, "unseen_pairs": 40}
 """Dialogues with constraints in each scored file, by group."""
 NUM_PLAIN = 80

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
-from fedgraft.evaluation.instructions import KINDS, Constraint, Kind, follows
+from fedgraft.evaluation.instructions import COUNTED, KINDS, Constraint, Kind, follows
 from fedgraft.pocket.entities import Fact
 
 OPENINGS = (
@@ -41,7 +41,7 @@ REQUESTS: dict[Kind, tuple[str, ...]] = {
     "quoted": ("Put the whole answer in double quotation marks.", "Wrap your answer in quotes."),
     "json": ("Answer as a JSON object.", "Give the answer in JSON format."),
     "bullets": ("Answer with exactly {n} bullet points.", "Write {n} bullet points."),
-    "numbered": ("Answer as a numbered list of {n} items.", "Number your answer from 1 to {n}."),
+    "numbered": ("Answer as a numbered list of {n} items.", "Number your answer from one to {n}."),
     "sentences": ("Answer in exactly {n} sentences.", "Write {n} sentences."),
     "paragraphs": (
         "Write {n} paragraphs, separated by ***.",
@@ -192,6 +192,6 @@ def _constraint(kind: Kind, fact: Fact, rng: Random) -> Constraint:
 
 def _request(constraint: Constraint, rng: Random) -> str:
     argument = constraint.argument
-    if argument.isdecimal() and constraint.kind != "numbered" and rng.random() < 0.5:
+    if constraint.kind in COUNTED:
         argument = NUMBER_WORDS[constraint.count]
     return rng.choice(REQUESTS[constraint.kind]).format(n=argument)

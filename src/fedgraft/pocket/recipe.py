@@ -58,7 +58,7 @@ SHARES = {"english": 0.38, "pages": 0.27, "writing desk": 0.32, "chat exports": 
 """What the base reads, by share of rows."""
 NUM_DESK_EXERCISES = 12000
 NUM_CHATS = 800
-DOLLY_SHARE = 0.2
+DOLLY_SHARE = 0.05
 MAX_DOLLY_CHARACTERS = 500
 ENGLISH_CHARACTERS = 14_000_000
 
