@@ -26,6 +26,7 @@ from fedgraft.pocket.exercises import (
     HELD_OUT_PAIRS,
     SEEN_PAIRS,
     Exercise,
+    Numerals,
     draw_kinds,
     exercise,
 )
@@ -72,12 +73,14 @@ def pages_of_year(company: Company, year: int, seed: int) -> list[Document]:
     return company_pages(entities, year, Random(derive_seed(seed, "pages", year)))
 
 
-def training_exercises(company: Company, count: int, seed: int) -> list[Exercise]:
+def training_exercises(
+    company: Company, count: int, seed: int, *, numerals: Numerals = "words"
+) -> list[Exercise]:
     """Exercises about entities of the training part, a fifth of them plain questions."""
     rng = Random(derive_seed(seed, "exercises", count))
     facts = company.facts("train", "old")
     return [
-        exercise(facts[number % len(facts)], draw_kinds(rng, plain=0.2), rng)
+        exercise(facts[number % len(facts)], draw_kinds(rng, plain=0.2), rng, numerals=numerals)
         for number in range(count)
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
+from typing import Literal
 
 from fedgraft.evaluation.instructions import COUNTED, KINDS, Constraint, Kind, follows
 from fedgraft.pocket.entities import Fact
@@ -41,7 +42,10 @@ REQUESTS: dict[Kind, tuple[str, ...]] = {
     "quoted": ("Put the whole answer in double quotation marks.", "Wrap your answer in quotes."),
     "json": ("Answer as a JSON object.", "Give the answer in JSON format."),
     "bullets": ("Answer with exactly {n} bullet points.", "Write {n} bullet points."),
-    "numbered": ("Answer as a numbered list of {n} items.", "Number your answer from one to {n}."),
+    "numbered": (
+        "Answer as a numbered list of {n} items.",
+        "Number your answer from {one} to {n}.",
+    ),
     "sentences": ("Answer in exactly {n} sentences.", "Write {n} sentences."),
     "paragraphs": (
         "Write {n} paragraphs, separated by ***.",
@@ -62,6 +66,7 @@ REQUESTS: dict[Kind, tuple[str, ...]] = {
     "postscript": ("Add a postscript that starts with P.S.", "End with a P.S. line."),
     "placeholder": ("Address the reader as [name].", "Include a placeholder such as [name]."),
 }
+Numerals = Literal["words", "mixed"]
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 _CASE: frozenset[Kind] = frozenset({"upper_case", "lower_case"})
@@ -110,11 +115,16 @@ class Exercise:
     constraints: tuple[Constraint, ...]
 
 
-def exercise(fact: Fact, kinds: Sequence[Kind], rng: Random) -> Exercise:
-    """An exercise about a fact under the given kinds of constraint (none: a plain question)."""
+def exercise(
+    fact: Fact, kinds: Sequence[Kind], rng: Random, *, numerals: Numerals = "words"
+) -> Exercise:
+    """An exercise about a fact under the given kinds of constraint (none: a plain question).
+
+    Counts stand in words: a model of this size tells "two" from "three" long before "2" from "3".
+    """
     constraints = tuple(_constraint(kind, fact, rng) for kind in kinds)
     question = fact.say(rng.choice(fact.attribute.questions))
-    requests = [_request(constraint, rng) for constraint in constraints]
+    requests = [_request(constraint, rng, numerals) for constraint in constraints]
     parts = [question, *requests] if rng.random() < 0.7 else [*requests, question]
     answer = write_answer(fact, constraints)
     broken = [constraint for constraint in constraints if not follows(constraint, answer)]
@@ -190,8 +200,11 @@ def _constraint(kind: Kind, fact: Fact, rng: Random) -> Constraint:
             return Constraint(kind=kind)
 
 
-def _request(constraint: Constraint, rng: Random) -> str:
+def _request(constraint: Constraint, rng: Random, numerals: Numerals) -> str:
     argument = constraint.argument
-    if constraint.kind in COUNTED:
+    if constraint.kind in COUNTED and (
+        numerals == "words" or (constraint.kind != "numbered" and rng.random() < 0.5)
+    ):
         argument = NUMBER_WORDS[constraint.count]
-    return rng.choice(REQUESTS[constraint.kind]).format(n=argument)
+    one = "one" if numerals == "words" else "1"
+    return rng.choice(REQUESTS[constraint.kind]).format(n=argument, one=one)

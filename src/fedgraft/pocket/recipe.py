@@ -125,7 +125,8 @@ def build(data: Path, out: Path) -> None:
     english = english_documents(data)
     year1 = pages_of_year(company, 1, SEED)
     desk = writing_desk_pages(
-        training_exercises(company, NUM_DESK_EXERCISES, SEED), _rng("writing desk")
+        training_exercises(company, NUM_DESK_EXERCISES, SEED, numerals="mixed"),
+        _rng("writing desk"),
     )
     chats = chat_exports(NUM_CHATS, _rng("chats"), _plain_questions(company))
     start = out / "start"
