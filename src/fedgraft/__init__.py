@@ -1,7 +1,7 @@
 """fedgraft: graft instructions onto fresh knowledge.
 
     residual = instruct - base                              one family, tensor by tensor
-    grafted  = further_pretrained(base) + scale * residual  instructions grafted onto fresh knowledge
+    grafted  = further_pretrained(base) + scale * residual  instructions on fresh knowledge
 
 Names are loaded when they are first used, so that `import fedgraft` costs nothing.
 """

@@ -12,6 +12,8 @@
     ├── EvaluationError           questions that cannot be asked or scored
     ├── StudyError                a study file with unknown, missing or contradictory settings
     └── ReportError               a result that is missing or was written by another version
+
+Catch FedgraftError for all of them.
 """
 
 

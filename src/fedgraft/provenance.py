@@ -12,17 +12,14 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedgraft.errors import ArtefactError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 RECORD = "fedgraft.json"
 LIBRARIES = ("numpy", "torch", "transformers", "peft")
@@ -146,11 +143,11 @@ def hash_json(value: Any) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_bytes(*parts: "bytes | memoryview | NDArray[Any]") -> str:
-    """Content hash of some buffers, each with its length, in the given order."""
+def hash_bytes(*parts: bytes) -> str:
+    """Content hash of some bytes, each part with its length, in the given order."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return "sha256:" + digest.hexdigest()
 
@@ -175,7 +172,7 @@ def version() -> str:
     return importlib.metadata.version("fedgraft")
 
 
-def library_versions() -> Mapping[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that can change a number, read without importing them."""
     found = {}
     for name in LIBRARIES:

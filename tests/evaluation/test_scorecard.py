@@ -68,6 +68,7 @@ def test_plain_questions_are_knowledge_and_not_instructions(taught: Taught) -> N
     )
     expected = {"knowledge/asked": 0.5, "knowledge/asked/old": 1, "knowledge/asked/new": 0}
     assert values(taught, dialogues=plain) == expected
+    assert all(name.startswith("instructions/") for name in values(taught, dialogues=INSTRUCTED))
 
 
 def test_completed_questions_are_scored_overall_and_by_group(taught: Taught) -> None:

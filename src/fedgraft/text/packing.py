@@ -85,7 +85,7 @@ class Rows:
         """Hash over the row length and every id, position and label."""
         arrays = (self.input_ids, self.position_ids, self.labels)
         shape = np.array(self.input_ids.shape, np.int64)
-        return hash_bytes(shape, *(np.ascontiguousarray(array) for array in arrays))
+        return hash_bytes(*(array.tobytes() for array in (shape, *arrays)))
 
 
 def pack(
