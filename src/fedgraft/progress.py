@@ -56,7 +56,7 @@ def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             rate = done / (now - start)
-            left = (total - done) / rate if rate else 0.0
+            left = max(0.0, total - done) / rate if rate else 0.0
             parts = [f"{done / total:.0%}", f"{rate:,.0f} {unit}/s", f"{left:.0f} s left", note]
             print(f"{label}: " + ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
 

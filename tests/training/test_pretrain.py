@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,27 @@ def test_one_batch_of_eight_equals_eight_of_one(rows: Rows, tmp_path: Path) -> N
         models.append(model)
     for one, two in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+
+
+def test_documents_in_a_row_do_not_see_each_other_in_the_call_that_trains(
+    rows: Rows, tmp_path: Path
+) -> None:
+    model, untouched = tiny_model(), tiny_model()
+    calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def keep(_model: object, _args: object, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((kwargs, output.logits.detach()))
+
+    model.register_forward_hook(keep, with_kwargs=True)
+    train(model, rows, SETTINGS, tmp_path, label="test")
+    call, packed = calls[0]
+    assert len(packed) == 8
+    for ids, positions, logits in zip(call["input_ids"], call["position_ids"], packed, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        assert len(starts) > 2
+        for begin, end in pairwise(starts):
+            alone = untouched(ids[None, begin:end]).logits[0]
+            torch.testing.assert_close(logits[begin:end], alone, atol=2e-5, rtol=0)
 
 
 def test_the_same_call_gives_the_same_bytes(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:

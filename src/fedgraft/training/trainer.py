@@ -127,7 +127,10 @@ def train(
     started = time.monotonic()
     use_cache, model.config.use_cache = model.config.use_cache, False
     tokens_per_step = rows.num_tokens / len(rows) * rows_per_step
-    with progress(label, num_steps * tokens_per_step, "tokens") as advance:
+    last = _last_whole_checkpoint(workdir)
+    done = int(last.rpartition("-")[2]) if last else 0
+    label = f"{label}, on from step {done}" if done else label
+    with progress(label, (num_steps - done) * tokens_per_step, "tokens") as advance:
         trainer = _Trainer(
             model=model,
             args=arguments,
@@ -137,7 +140,7 @@ def train(
         )
         for unwanted in ("PrinterCallback", "ProgressCallback"):
             _remove_callback(trainer, unwanted)
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(workdir))
+        trainer.train(resume_from_checkpoint=last)
     model.config.use_cache = use_cache
     model.eval()
     seconds = time.monotonic() - started
@@ -208,10 +211,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._advance = advance
         self._tokens_per_step = tokens_per_step
         self._note = ""
-
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if state.global_step:
-            self._advance(state.global_step * self._tokens_per_step, "resumed")
 
     def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         self._advance(self._tokens_per_step, self._note)
