@@ -120,12 +120,13 @@ def train(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
+        use_cache=False,
         dataloader_pin_memory=device().type == "cuda",
         seed=settings.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several would multiply the batch (DataParallel)
     started = time.monotonic()
-    use_cache, model.config.use_cache = model.config.use_cache, False
+    use_cache = model.config.use_cache
     tokens_per_step = rows.num_tokens / len(rows) * rows_per_step
     last = _last_whole_checkpoint(workdir)
     done = int(last.rpartition("-")[2]) if last else 0
