@@ -58,7 +58,7 @@ def test_answers_equal_reading_everything_afresh_for_each_token(
     assert answer(model, tokenizer(), PROMPTS, max_new_tokens=NUM_NEW) == expected
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.permutations(range(len(PROMPTS))), st.integers(1, 400))
 def test_neither_batches_nor_order_change_an_answer(order: list[int], batch_tokens: int) -> None:
     model = random_model()

@@ -48,7 +48,7 @@ def token_nats(model: "PreTrainedModel", ids: list[int]) -> list[float]:
 
 
 @given(texts.filter(lambda texts: any(len(tokens_of(t)) > 1 for t in texts)), st.integers(2, 40))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_each_token_is_scored_once_in_the_first_window_that_holds_it(
     texts: list[str], window: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_document_within_the_window_equals_transformers_own_loss(
     assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 2000), st.permutations(range(len(TEXTS))))
 def test_neither_batches_nor_order_nor_neighbours_change_a_loss(
     batch_tokens: int, order: list[int]
