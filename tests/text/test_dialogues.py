@@ -96,6 +96,9 @@ def test_a_line_that_is_no_dialogue_is_reported_by_file_and_line(tmp_path: Path)
         load_dialogues(file)
     file.write_text(good + "\n")
     assert load_dialogues(file) == (dialogue_of("Where?", "Here."),)
+    file.write_text(good.replace('"accepted":[]', '"accepted":[" "]') + "\n")
+    with pytest.raises(DialogueError, match=r"accepted\.0: .*at least 1 char"):
+        load_dialogues(file)
     file.write_text("")
     with pytest.raises(DialogueError, match="expected at least one dialogue"):
         load_dialogues(file)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fedgraft.errors import EvaluationError
 from fedgraft.evaluation.answers import answer
 from fedgraft.evaluation.instructions import contains
-from fedgraft.text.corpus import read_json_lines
+from fedgraft.text.corpus import load_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,21 +43,7 @@ def load_questions(path: str | Path) -> tuple[Question, ...]:
     Raises CorpusError for a line that is no JSON object, EvaluationError (file, line) for one that
     is no question, and for a file without any.
     """
-    questions = []
-    for number, row in read_json_lines(Path(path)):
-        try:
-            questions.append(Question.model_validate(row))
-        except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-            )
-            raise EvaluationError(
-                f"{path}, line {number}: expected a question with the fields "
-                f"{', '.join(Question.model_fields)}, found {faults}; mend the line"
-            ) from error
-    if not questions:
-        raise EvaluationError(f"{path}: expected at least one question, found none")
-    return tuple(questions)
+    return load_lines(Path(path), Question, noun="question", error=EvaluationError)
 
 
 def is_right(text: str, accepted: Sequence[str]) -> bool:

@@ -10,9 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from fedgraft.errors import CorpusError
+from pydantic import BaseModel, ValidationError
+
+from fedgraft.errors import CorpusError, FedgraftError
+
+_Line = TypeVar("_Line", bound=BaseModel)
 
 SUFFIXES = (".jsonl", ".txt", ".md")
 
@@ -157,6 +161,31 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
                     "mend or remove the line"
                 )
             yield number, row
+
+
+def load_lines(
+    file: Path, kind: type[_Line], *, noun: str, error: type[FedgraftError]
+) -> tuple[_Line, ...]:
+    """Each line of a file as a record of the kind.
+
+    Raises `error` with file, line and every fault for a line that is no such record, and for a file
+    without any; CorpusError for a line that is no JSON object.
+    """
+    records = []
+    for number, row in read_json_lines(file):
+        try:
+            records.append(kind.model_validate(row))
+        except ValidationError as invalid:
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in invalid.errors()
+            )
+            raise error(
+                f"{file}, line {number}: expected a {noun} with the fields "
+                f"{', '.join(kind.model_fields)}, found {faults}; mend the line"
+            ) from invalid
+    if not records:
+        raise error(f"{file}: expected at least one {noun}, found none")
+    return tuple(records)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ that renders a dialogue as a continuation of its beginning will do.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from fedgraft.errors import DialogueError
-from fedgraft.text.corpus import read_json_lines
+from fedgraft.text.corpus import load_lines
 from fedgraft.text.packing import IGNORED, Rows, pack_pieces
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class Dialogue(BaseModel):
     messages: tuple[Message, ...]
     department: str | None = None
     constraints: tuple[Demand, ...] = ()
-    accepted: tuple[str, ...] = ()
+    accepted: tuple[
+        Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...
+    ] = ()
     """Phrases, any of which makes the answer right."""
     group: str = ""
     """What the dialogue counts towards in the scores, e.g. `old` or `new` facts."""
@@ -60,21 +62,7 @@ def load_dialogues(path: str | Path) -> tuple[Dialogue, ...]:
     Raises CorpusError for a line that is no JSON object, DialogueError (file, line) for one that is
     no dialogue, and for a file without any.
     """
-    dialogues = []
-    for number, row in read_json_lines(Path(path)):
-        try:
-            dialogues.append(Dialogue.model_validate(row))
-        except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-            )
-            raise DialogueError(
-                f"{path}, line {number}: expected a dialogue with the fields "
-                f"{', '.join(Dialogue.model_fields)}, found {faults}; mend the line"
-            ) from error
-    if not dialogues:
-        raise DialogueError(f"{path}: expected at least one dialogue, found none")
-    return tuple(dialogues)
+    return load_lines(Path(path), Dialogue, noun="dialogue", error=DialogueError)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> tuple[list[int], list[int]]:
