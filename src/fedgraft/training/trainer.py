@@ -164,7 +164,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
 
     Each step frees and takes the same hundreds of megabytes; mapping them anew costs a page fault
-    for every 4 KB (measured on 2 cores: 1.4 to 1.7 times as many tokens a second without).
+    for every 4 KB (1.15 times the tokens a second with, see docs/performance.md).
     """
     if sys.platform != "linux":
         return
