@@ -30,26 +30,51 @@ def answer(
     batch_tokens: int = BATCH_TOKENS,
     label: str = "answers",
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, up to its end-of-turn or end token.
+    """The texts of `continuations`; end and other special tokens are left out.
 
-    Prompts of like length share a batch of at most `batch_tokens` tokens, answers included; special
-    tokens are left out of the text.
+    Raises as `continuations` does.
+    """
+    written = continuations(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        label=label,
+    )
+    stop = _stop_tokens(model, tokenizer)
+    said = [tokens[:-1] if tokens[-1] in stop else tokens for tokens in written]
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+
+
+def continuations(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "answers",
+) -> list[list[int]]:
+    """The model's most likely tokens after each prompt, up to and with its end-of-turn or end token.
+
+    Prompts of like length share a batch of at most `batch_tokens` tokens, answers included.
 
     Raises EvaluationError for an empty prompt, or one that leaves no room in the model's window;
     NonFiniteError where the model's logits are NaN or infinite.
     """
     _check_fit(model, prompts, max_new_tokens)
     stop = _stop_tokens(model, tokenizer)
-    texts = [""] * len(prompts)
+    found: list[list[int]] = [[] for _ in prompts]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with torch.inference_mode(), progress(label, len(prompts), "answers") as advance:
         for places in by_length(lengths, batch_tokens):
             written = _continue(model, [prompts[place] for place in places], stop, max_new_tokens)
             for place, tokens in zip(places, written.tolist(), strict=True):
                 end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
-                texts[place] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                found[place] = tokens[: end + 1]
             advance(len(places))
-    return texts
+    return found
 
 
 def _continue(
