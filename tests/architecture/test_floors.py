@@ -29,6 +29,7 @@ FLOOR = {
 }
 DOORS = {"__init__", "testing"}
 HOMES: dict[str, str | tuple[str, ...]] = {
+    "blake3": "weights/",
     "flwr": "federation/flower.py",
     "huggingface_hub": "weights/",
     "jinja2": "report/page.py",
@@ -39,6 +40,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "sklearn": "selection/",
     "typer": "cli/",
     "yaml": "study/",
+    "zstandard": "weights/planes.py",
 }
 NOUNS_OF_NOTHING = {"utils", "util", "core", "common", "helpers", "helper", "manager", "misc"}
 

@@ -76,9 +76,10 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": PLAIN | {UP: PLAIN[UP].reshape(8, 12)}},
         rf"tensor '{UP}' has shape \[12, 8\] and \[8, 12\]",
     ),
-    "a token": (
-        {"tokens": (*TOKENS[:5], "other", *TOKENS[6:])},
-        "id 5 is token 't5' in the first and 'other' in the second",
+    "tokens": (
+        {"tokens": (*TOKENS[:5], "x", "y", "z", *TOKENS[8:])},
+        "only 15 of 18 tokens are the same, the first other one is 't5' with id 5, where the "
+        "second has 'x'",
     ),
 }
 

@@ -220,8 +220,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         rf"tensor '{UP}' has shape \[8, 12\] and \[12, 8\]",
     ),
     "another vocabulary": (
+        lambda tmp_path: save(tmp_path / "x", BASE, tokens=(*TOKENS[:15], "x", "y", "z")),
+        "only 15 of 18 tokens are the same, the first other one is 'x' with id 15",
+    ),
+    "a token fewer than the base": (
         lambda tmp_path: save(tmp_path / "x", BASE, tokens=(*TOKENS[:-1], "<eot>")),
-        r"id 17 is token '<eot>' in the first and '<\|im_end\|>' in the second",
+        r"expected a row for token '<\|im_end\|>', which the residual's base has, found none",
     ),
     "tied embeddings": (
         lambda tmp_path: save(tmp_path / "x", random_tensors(tied=True), tie_word_embeddings=True),

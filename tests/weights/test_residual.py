@@ -20,9 +20,10 @@ from tests.weights.checkpoints import DTYPES, Tensors, nudged, random_tensors, s
 from fedgraft.errors import ArtefactError, CheckpointError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
 from fedgraft.weights import residual as residual_module
+from fedgraft.weights.arithmetic import all_finite
 from fedgraft.weights.checkpoint import Array, Checkpoint, TensorFiles
 from fedgraft.weights.family import Family
-from fedgraft.weights.residual import Residual, all_finite, extract
+from fedgraft.weights.residual import Residual, extract
 
 EMBEDDING = "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -87,7 +88,7 @@ def test_what_is_not_restored_bit_for_bit_is_counted_by_tensor(
     # half the range of exponents, so that no difference overflows
     base[name] = (np.array(before, np.uint16) & 0xBFFF).view(DTYPES["BF16"])
     instruct[name] = (np.array(after, np.uint16) & 0xBFFF).view(DTYPES["BF16"])
-    residual = extract(family(folder, base, instruct), folder / "residual", dtype=dtype)
+    residual = extract(family(folder, base, instruct), folder / "residual", form=dtype)
     found = restored(residual, base)[name]
     wrong = int(np.count_nonzero(found.view(np.uint16) != instruct[name].view(np.uint16)))
     assert residual.record.figures["num_not_restored"] == wrong
@@ -116,7 +117,7 @@ def test_a_bfloat16_residual_is_the_float32_one_rounded_once(tmp_path: Path) -> 
     base = random_tensors()
     parents = family(tmp_path, base, nudged(base))
     exact = extract(parents, tmp_path / "exact")
-    rounded = extract(parents, tmp_path / "rounded", dtype="bfloat16")
+    rounded = extract(parents, tmp_path / "rounded", form="bfloat16")
     for name in base:
         expected = exact.read(name).astype(DTYPES["BF16"])
         assert rounded.read(name).tobytes() == expected.tobytes()
@@ -158,13 +159,15 @@ def test_a_residual_knows_its_parents_by_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("base_rows", "instruct_rows"), [(18, 20), (20, 18), (19, 19)])
-def test_common_rows_are_subtracted_where_the_padding_differs(
+def test_padding_rows_that_the_base_lacks_are_carried_whole(
     tmp_path: Path, base_rows: int, instruct_rows: int
 ) -> None:
     base, instruct = random_tensors(rows=base_rows), random_tensors(seed=1, rows=instruct_rows)
     residual = extract(family(tmp_path, base, instruct), tmp_path / "residual")
-    rows = min(base_rows, instruct_rows)
-    expected = instruct[EMBEDDING][:rows].astype(np.float32) - base[EMBEDDING][:rows]
+    padded = np.zeros((20, 8), np.float32)
+    padded[:base_rows] = base[EMBEDDING]
+    expected = instruct[EMBEDDING].astype(np.float32) - padded[:instruct_rows]
+    assert residual.whole_rows.tolist() == list(range(base_rows, instruct_rows))
     assert residual.read(EMBEDDING).tobytes() == expected.astype(np.float32).tobytes()
     assert residual.base_hash == Checkpoint.open(tmp_path / "base").content_hash
     assert residual.instruct_hash == Checkpoint.open(tmp_path / "instruct").content_hash

@@ -1,10 +1,13 @@
 """Vocabularies are compared by token string; padding rows are legal."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedgraft.errors import CheckpointError
 from fedgraft.weights.vocabulary import Vocabulary
@@ -72,49 +75,57 @@ def test_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "difference"),
+    ("first", "second", "rows"),
     [
-        (vocabulary("a", "b"), vocabulary("a", "b"), None),
-        (vocabulary("a", "b", num_rows=2), vocabulary("a", "b"), None),
-        (vocabulary("a", "b"), vocabulary("a", "b", "chat"), None),
+        (vocabulary("a", "b"), vocabulary("a", "b"), range(10)),
+        (vocabulary("a", "b", num_rows=2), vocabulary("a", "b"), [0, 1]),
+        (vocabulary("a", "b", num_rows=4), vocabulary("a", "b", num_rows=3), [0, 1, 2, -1]),
+        (vocabulary("a", "b", "c", num_rows=4), vocabulary("a", "c", "b"), [0, 2, 1, 3]),
+        (vocabulary("a", "b", "c", num_rows=4), vocabulary("a", "b", num_rows=2), [0, 1, -1, -1]),
+        (vocabulary("a", "b", "chat", num_rows=3), vocabulary("a", "b"), [0, 1, 2]),
+        (vocabulary("a", "b", num_rows=4), vocabulary("a", "b", "chat"), [0, 1, -1, 3]),
+        (vocabulary("a", "x", num_rows=2), vocabulary("a", "b"), [0, -1]),
         (
-            vocabulary("a", "b"),
-            vocabulary("a", "x"),
-            "id 1 is token 'b' in the first and 'x' in the second",
-        ),
-        (
-            vocabulary("a", "b", "c"),
-            vocabulary("a", "c", "b"),
-            "id 1 is token 'b' in the first and 'c' in the second",
-        ),
-        (
-            vocabulary("a", "b", num_rows=2),
-            vocabulary("a", "b", "chat"),
-            "token 'chat' with id 2 has no row in the first, which has 2",
-        ),
-        (
-            vocabulary("a", "b", "chat"),
-            vocabulary("a", "b", num_rows=2),
-            "token 'chat' with id 2 has no row in the second, which has 2",
-        ),
-        (
-            vocabulary("a", "b"),
-            Vocabulary(ids={"a": 0, "b": 7}, num_rows=10),
-            "token 'b' has id 1 in the first and 7 in the second",
+            vocabulary("a", "b", num_rows=8),
+            Vocabulary(ids={"a": 0, "b": 7}, num_rows=8),
+            [0, 7, 2, 3, 4, 5, 6, -1],
         ),
     ],
     ids=[
         "the same",
-        "more padding rows",
-        "a chat token in a padding row",
-        "another token",
+        "more padding rows there",
+        "more padding rows here",
         "two tokens exchanged",
-        "a chat token without a row in the base",
-        "a chat token without a row in the instruct model",
+        "a token without a row there",
+        "a token with a padding row there",
+        "a padding row that is a token there",
+        "another token at an id",
         "a token elsewhere",
     ],
 )
-def test_the_first_contradiction_is_named(
-    first: Vocabulary, second: Vocabulary, difference: str | None
+def test_rows_belong_together_by_token_and_padding_by_number(
+    first: Vocabulary, second: Vocabulary, rows: Sequence[int]
 ) -> None:
-    assert first.first_difference(second) == difference
+    assert first.rows_in(second).tolist() == list(rows)
+
+
+@given(here=st.permutations("abcdefgh"), there=st.permutations("cdefghij"))
+def test_no_row_belongs_to_two(here: list[str], there: list[str]) -> None:
+    first, second = vocabulary(*here, num_rows=12), vocabulary(*there, num_rows=11)
+    rows = first.rows_in(second)
+    found = rows[rows >= 0]
+    assert len(set(found)) == len(found)
+    for token in set(here) & set(there):
+        assert rows[first.ids[token]] == second.ids[token]
+
+
+def test_tokenizers_of_one_making_share_nearly_all_tokens() -> None:
+    tokens = [f"t{i}" for i in range(20)]
+    first = vocabulary(*tokens, num_rows=40)
+    assert first.first_difference(vocabulary(*reversed(tokens), "chat", num_rows=40)) is None
+    assert first.first_difference(vocabulary(*tokens[:18], "x", "y", num_rows=40)) is None
+    other = vocabulary(*tokens[:17], "x", "y", "z", num_rows=40)
+    assert first.first_difference(other) == (
+        "only 17 of 20 tokens are the same, the first other one is 't17' with id 17, where the "
+        "second has 'x'"
+    )

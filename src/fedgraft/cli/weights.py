@@ -10,11 +10,13 @@ from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite, Target
 from fedgraft.cli.console import finish, say, show_table
 
 
-class Precision(StrEnum):
+class Form(StrEnum):
     """How a residual is stored."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    auto = "auto"
+    packed = "packed"
 
 
 def check(base: Base, instruct: Instruct) -> None:
@@ -34,10 +36,13 @@ def extract(
     base: Base,
     instruct: Instruct,
     out: Out,
-    precision: Annotated[
-        Precision,
-        typer.Option("--dtype", help="float32 restores every element; bfloat16 takes half."),
-    ] = Precision.float32,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="float32 restores what it can hold; bfloat16 takes half; packed takes least and "
+            "restores all; auto is bfloat16 where that restores all."
+        ),
+    ] = Form.float32,
     overwrite: Overwrite = False,
 ) -> None:
     """Subtract a base from its instruct model: residual = instruct - base.
@@ -50,7 +55,7 @@ def extract(
     from fedgraft.weights.residual import extract as extract_residual
 
     residual = extract_residual(
-        Family.open(base, instruct), out, dtype=precision.value, overwrite=overwrite
+        Family.open(base, instruct), out, form=form.value, overwrite=overwrite
     )
     finish(
         "residual",

@@ -5,21 +5,22 @@ dtype, shape, offsets), then the raw numbers. Blocks are small enough to stay in
 cache, so memory does not grow with the model; pickles are never opened.
 """
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from fedgraft.errors import CheckpointError
@@ -28,8 +29,11 @@ from fedgraft.provenance import Record
 
 Array = NDArray[Any]
 
-BLOCK_ELEMENTS = 1 << 17
-"""Numbers in a block: 256 KB of bfloat16, 512 KB of float32."""
+Fill = Callable[[int, Array], None]
+"""Fills a flat array with a tensor's numbers, from the given index on."""
+
+BLOCK_ELEMENTS = 1 << 16
+"""Numbers in a block: 128 KB of bfloat16; the few that arithmetic needs stay in a core's cache."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -90,20 +94,48 @@ class TensorFiles:
     def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
         """Yield the tensor's numbers in order, flat, in arrays of at most `num_elements`.
 
-        A tensor that was read to its end need not be read again for `content_hash`.
+        A block is valid until the next one is asked for: the buffer is used again. A tensor that
+        was read to its end need not be read again for `content_hash`.
         """
         info = self.tensors[name]
-        digest = None if name in self._digests else hashlib.sha256()
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
+        digest = None if name in self._digests else blake3()
+        buffer = np.empty(min(num_elements, info.num_elements), DTYPES[info.dtype])
+        with self._opened(name) as fill:
             for first in range(0, info.num_elements, num_elements):
-                size = min(num_elements, info.num_elements - first)
-                block = np.empty(size, DTYPES[info.dtype])
-                self._fill(file.readinto, block, name)
+                block = buffer[: info.num_elements - first]
+                fill(first, block)
                 if digest:
                     digest.update(block.view(np.uint8).data)
-                    if first + size == info.num_elements:
+                    if first + block.size == info.num_elements:
                         self._digests[name] = digest.digest()
+                yield block
+
+    def rows(
+        self, name: str, picks: NDArray[np.int64], num_elements: int = BLOCK_ELEMENTS
+    ) -> Iterator[Array]:
+        """Yield the rows `picks` of a tensor in that order, in such blocks; for -1 zeros."""
+        info = self.tensors[name]
+        width = info.num_elements // info.shape[0]
+        breaks = np.flatnonzero((np.diff(picks) != 1) | (picks[1:] < 0)) + 1
+        starts = np.concatenate([[0], breaks, [len(picks)]]).tolist()
+        runs = [(a * width, b * width, int(picks[a]) * width) for a, b in pairwise(starts)]
+        total = len(picks) * width
+        buffer = np.empty(min(num_elements, total), DTYPES[info.dtype])
+        with self._opened(name) as fill:
+            run = 0
+            for first in range(0, total, num_elements):
+                block = buffer[: total - first]
+                end = first + block.size
+                while run < len(runs):
+                    a, b, source = runs[run]
+                    part = block[max(a, first) - first : min(b, end) - first]
+                    if source < 0:
+                        part[:] = 0
+                    else:
+                        fill(source + max(a, first) - a, part)
+                    if b > end:
+                        break
+                    run += 1
                 yield block
 
     def read(self, name: str) -> Array:
@@ -118,27 +150,39 @@ class TensorFiles:
         unread = self.tensors.keys() - self._digests.keys()
         sizes = {name: self.tensors[name].num_bytes for name in unread}
         each_tensor(f"hashing {self.path.name}", sizes, self._exhaust)
-        nothing = hashlib.sha256().digest()
-        facts = [
-            (name, info.dtype, info.shape, self._digests.get(name, nothing).hex())
-            for name, info in self.tensors.items()
-        ]
-        return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hash_tensors({n: (i.dtype, i.shape) for n, i in self.tensors.items()}, self._digests)
 
     def _exhaust(self, name: str) -> None:
         for _ in self.blocks(name):
             pass
 
-    def _fill(self, readinto: Callable[[memoryview], int | None], block: Array, name: str) -> None:
-        left = block.view(np.uint8).data
-        while left:
-            num_read = readinto(left)
-            if not num_read:
-                raise CheckpointError(
-                    f"{self.tensors[name].file}: the file ended inside tensor {name!r}; it changed "
-                    "while it was read. Run the same command again when nothing writes to it"
-                )
-            left = left[num_read:]
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Fill]:
+        """Open what holds the tensor; where else numbers can come from, this is replaced."""
+        info = self.tensors[name]
+        with info.file.open("rb", buffering=0) as file:
+
+            def fill(first: int, block: Array) -> None:
+                left, place = block.view(np.uint8).data, info.start + first * block.itemsize
+                while left:
+                    num_read = os.preadv(file.fileno(), [left], place)
+                    if not num_read:
+                        raise CheckpointError(
+                            f"{info.file}: the file ended inside tensor {name!r}; it changed while "
+                            "it was read. Run the same command again when nothing writes to it"
+                        )
+                    left, place = left[num_read:], place + num_read
+
+            yield fill
+
+
+def hash_tensors(
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], digests: Mapping[str, bytes]
+) -> str:
+    """Content hash of tensors by name, dtype, shape and the BLAKE3 digest of their numbers."""
+    nothing = blake3().digest()
+    facts = [(name, *layout[name], digests.get(name, nothing).hex()) for name in sorted(layout)]
+    return "blake3:" + blake3(json.dumps(facts).encode()).hexdigest()
 
 
 class Checkpoint(TensorFiles):
@@ -154,13 +198,17 @@ class Checkpoint(TensorFiles):
             self._drop_tied_copy()
 
     @classmethod
-    def open(cls, source: str | Path) -> "Checkpoint":
+    def open(cls, source: "str | Path | Checkpoint") -> "Checkpoint":
         """Open a directory, or a model of the hub by `organisation/name[@revision]`.
+
+        What is open already is returned as it is.
 
         Raises CheckpointError where there is no such thing, it holds pickles only, a shard is
         missing, truncated or mislabelled, the index and the shards disagree, or the config is
         missing or broken.
         """
+        if isinstance(source, Checkpoint):
+            return source
         path = resolve(source)
         config = read_config(path)
         return cls(path, read_tensors(path, "model"), config)

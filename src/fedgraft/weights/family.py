@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedgraft.errors import CheckpointError, FamilyError
 from fedgraft.weights.checkpoint import Checkpoint, TensorInfo, is_tied
 from fedgraft.weights.vocabulary import Vocabulary
@@ -107,22 +110,25 @@ class Family:
     instruct: Checkpoint
     anatomy: Anatomy
     """Of the instruct side."""
+    base_rows: NDArray[np.int64]
+    """For each row for a token on the instruct side, the base's row; -1 where it has none."""
 
     @classmethod
-    def open(cls, base: str | Path, instruct: str | Path) -> "Family":
-        """Open both and prove that they are of one build.
+    def open(cls, base: str | Path | Checkpoint, instruct: str | Path | Checkpoint) -> "Family":
+        """Open both, where they are not open yet, and prove that they are of one build.
 
         Raises FamilyError naming the first difference, CheckpointError where one cannot be read.
         """
         first, second = Checkpoint.open(base), Checkpoint.open(instruct)
-        anatomy = anatomy_of(second)
-        difference = anatomy_of(first).first_difference(anatomy)
+        before, anatomy = anatomy_of(first), anatomy_of(second)
+        difference = before.first_difference(anatomy)
         if difference:
             raise FamilyError(
-                f"{base} and {instruct} are not one family: {difference}. Take the base that this "
-                "instruct model was tuned from"
+                f"{first.path} and {second.path} are not one family: {difference}. Take the base "
+                "that this instruct model was tuned from"
             )
-        return cls(base=first, instruct=second, anatomy=anatomy)
+        rows = anatomy.vocabulary.rows_in(before.vocabulary)
+        return cls(base=first, instruct=second, anatomy=anatomy, base_rows=rows)
 
     @property
     def num_tokens(self) -> int:

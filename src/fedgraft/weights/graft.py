@@ -2,131 +2,297 @@
 
 Computed in float32, rounded once to the target's dtype, streamed. The target must be known to
 descend from the base that was subtracted, by content hash, not by name.
+
+Rows for tokens come to lie in the order of the instruct side's ids, whose tokenizer the graft
+carries; tokens that only the target has are kept behind them.
 """
 
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedgraft.errors import NonFiniteError, ResidualError
+from fedgraft.errors import ArtefactError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record, new_artefact
-from fedgraft.weights.checkpoint import CONFIG_DTYPES, Array, Checkpoint, read_config
-from fedgraft.weights.family import Anatomy
-from fedgraft.weights.residual import INSTRUCT, Residual, all_finite, refuse_non_finite
-from fedgraft.weights.writer import copy_companions, write_tensors
+from fedgraft.weights.arithmetic import Floats, all_finite, narrow, refuse_non_finite, widen
+from fedgraft.weights.checkpoint import (
+    BLOCK_ELEMENTS,
+    CONFIG_DTYPES,
+    DTYPES,
+    Array,
+    Checkpoint,
+    TensorFiles,
+    read_config,
+    read_tensors,
+)
+from fedgraft.weights.family import Family, anatomy_of, has_rows
+from fedgraft.weights.merging import PLAIN, Factors, Method, combined
+from fedgraft.weights.residual import Difference, Exceptions, Residual
+from fedgraft.weights.rows import RowMap
+from fedgraft.weights.vocabulary import name_tokens
+from fedgraft.weights.writer import Layout, copy_companions, write_tensors
+
+Source = str | Path | Residual | Family
+"""Where a residual comes from: its directory, or a family to subtract while it is read."""
 
 
 def graft(
-    target: str | Path,
-    residual: str | Path,
+    target: str | Path | Checkpoint,
+    residual: Source | Sequence[Source],
     out: Path,
     *,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
+    method: Method = PLAIN,
+    factors: Factors = Factors(),  # noqa: B008 (frozen)
     any_parent: bool = False,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Path:
     """Write `target + scale * residual` to the directory `out`, which loads as it is.
 
     It carries the config, generation config, tokenizer and chat template of the instruct side.
-    Where the target has other padding rows than the residual, its number of rows is kept.
+    The target keeps its number of rows for tokens; it grows where the instruct side has tokens
+    that it lacks.
 
     Args:
+        residual: One residual, or several of one base, which `method` combines.
+        scale: The factor on the residual, or one for each.
+        factors: Further factors, by kind of module and by layer.
         any_parent: Accept a target that is not known to descend from the residual's base. Nothing
             else is relaxed.
+        verify: Read what was written back from the disk and compare hashes.
 
     Raises:
         ResidualError: The target has another architecture, size or vocabulary, descends from
             another base or is not known to descend from it, is or holds the instruct model, or was
-            grafted already; or the scale is not finite.
-        NonFiniteError: The target or the residual holds NaN or infinity, or the sum is too large
+            grafted already; two residuals are of different bases, or one is given twice; a scale
+            is not finite.
+        NonFiniteError: The target or a residual holds NaN or infinity, or the sum is too large
             for the target's dtype.
-        ArtefactError: `out` exists or cannot be written.
+        ArtefactError: `out` exists or cannot be written, or reads back other than it was written.
     """
-    if not math.isfinite(scale):
-        raise ResidualError(f"expected a finite scale, found {scale}; the plain sum has scale 1.0")
-    checkpoint, addend = Checkpoint.open(target), Residual.open(residual)
-    anatomy = Anatomy.of(checkpoint.path, checkpoint.config, checkpoint.tensors)
-    difference = anatomy.first_difference(addend.anatomy)
-    if difference:
+    checkpoint, addends = Checkpoint.open(target), _open(residual)
+    scales = [scale] * len(addends) if isinstance(scale, (int, float)) else list(scale)
+    _check_scales(scales, addends)
+    anatomy, carrier = anatomy_of(checkpoint), addends[0]
+    for addend in addends:
+        difference = anatomy.first_difference(addend.anatomy)
+        if difference:
+            raise ResidualError(
+                f"the residual {addend.path} does not fit {checkpoint.path}: {difference}. Extract "
+                "it from the family that the target belongs to"
+            )
+    _check_one_base(addends)
+    _check_ungrafted(checkpoint, addends)
+    ancestors = set(checkpoint.record.ancestors if checkpoint.record else ())
+    if isinstance(carrier, Residual):  # its parents are known without reading them
+        if carrier.base_hash not in ancestors and not any_parent:
+            ancestors.add(checkpoint.content_hash)
+        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent)
+    rows = RowMap.match(
+        anatomy.vocabulary, carrier.anatomy.vocabulary, carrier.whole_rows, checkpoint.path
+    )
+    alone = len(addends) == 1 and method == PLAIN
+    if rows.whole.any() and not alone:
         raise ResidualError(
-            f"the residual {residual} does not fit {target}: {difference}. Extract it from the "
-            "family that the target belongs to"
+            f"{carrier.path}: expected tokens that its base knows too, found "
+            f"{int(rows.whole.sum())} rows that only the instruct side has; add such a residual "
+            "alone, and plainly"
         )
-    _check_lineage(checkpoint, addend, any_parent=any_parent)
-    factor = np.float32(scale)
+    layout = {
+        name: (info.dtype, (len(rows.picks), *info.shape[1:]) if has_rows(name) else info.shape)
+        for name, info in checkpoint.tensors.items()
+    }
+
+    def pairs(name: str) -> Iterator[tuple[Array, Floats]]:
+        """Blocks of the target, each with what is added to it."""
+        factor = factors.of(name)
+        sums = combined(name, addends, [factor * s for s in scales], method)
+        if rows.straight or not has_rows(name):
+            return zip(checkpoint.blocks(name), sums, strict=True)
+        if rows.whole.any():
+            sums = addends[0].blocks(name)
+        width = math.prod(layout[name][1][1:])
+        return rows.fitted(sums, checkpoint.rows(name, rows.picks), width, factor * scales[0])
 
     def blocks(name: str) -> Iterator[Array]:
-        addends = addend.blocks(name)
-        for block in checkpoint.blocks(name):
-            added = next(addends, block[:0])[: block.size]  # padding rows may lack on either side
-            total = block.astype(np.float32)
+        dtype, shape = layout[name]
+        size = min(BLOCK_ELEMENTS, math.prod(shape))
+        total, small = np.empty(size, np.float32), np.empty(size, DTYPES[dtype])
+        exact = alone and factors.of(name) * scales[0] == 1.0
+        exceptions = addends[0].exceptions.get(name) if exact else None
+        first = 0
+        for old, added in pairs(name):
             with np.errstate(over="ignore", invalid="ignore"):
-                total[: added.size] += factor * added.astype(np.float32, copy=False)
-                grafted = total.astype(block.dtype)
+                grafted = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
+            if exceptions:
+                _restore(grafted, old, exceptions, first)
             if not all_finite(grafted):
-                refuse_non_finite(block, name, checkpoint.path)
-                refuse_non_finite(added, name, addend.path)
+                for source in (checkpoint, *(s for addend in addends for s in addend.sources)):
+                    for block in source.blocks(name):
+                        refuse_non_finite(block, name, source.path)
                 raise NonFiniteError(
-                    f"{checkpoint.path}: expected sums within {block.dtype}, found larger ones in "
-                    f"tensor {name!r} at scale {scale}; take a smaller scale"
+                    f"{checkpoint.path}: expected sums within {DTYPES[dtype]}, found larger ones "
+                    f"in tensor {name!r} at scale {scale}; take a smaller scale"
                 )
+            first += old.size
             yield grafted
 
     with new_artefact(out, overwrite=overwrite) as folder:
-        layout = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-        write_tensors(folder, layout, blocks)
-        copy_companions(addend.path / INSTRUCT, folder)
-        _fit_config(folder, checkpoint, anatomy.vocabulary.num_rows)
+        content = write_tensors(folder, layout, blocks)
+        for addend in addends:
+            addend.refuse_damage()
+        ancestors.add(checkpoint.content_hash)
+        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent)
+        if verify:
+            _read_back(folder, content)
+        copy_companions(carrier.companions, folder)
+        _fit_config(folder, layout, len(rows.picks))
+        name_tokens(folder, rows.kept, rows.first_kept, like=checkpoint.path)
         record = checkpoint.record
+        settings: dict[str, Any] = {"scale": scale}
+        if method != PLAIN:
+            settings["method"] = method.model_dump()
+        if factors != Factors():
+            settings["factors"] = factors.model_dump()
         Record.make(
             kind="graft",
-            inputs={"target": checkpoint.content_hash, "residual": addend.content_hash},
+            inputs={
+                "target": checkpoint.content_hash,
+                **{
+                    f"residual {n}" if n > 1 else "residual": addend.content_hash
+                    for n, addend in enumerate(addends, 1)
+                },
+            },
             ancestors=(*(record.ancestors if record else ()), checkpoint.content_hash),
-            residuals=(addend.content_hash,),
-            settings={"scale": scale},
+            residuals=tuple(addend.content_hash for addend in addends),
+            settings=settings,
+            figures={"content": content},
         ).write(folder)
     return out
 
 
-def _check_lineage(target: Checkpoint, residual: Residual, *, any_parent: bool) -> None:
-    """Refuse a target that has the instructions already, or that may not descend from the base."""
+def _open(residuals: Source | Sequence[Source]) -> list[Residual | Difference]:
+    given = (
+        residuals
+        if isinstance(residuals, Sequence) and not isinstance(residuals, str)
+        else [residuals]
+    )
+    if not given:
+        raise ResidualError("expected at least one residual, found none; name one to graft")
+    return [Difference(r) if isinstance(r, Family) else Residual.open(r) for r in given]
+
+
+def _check_scales(scales: Sequence[float], addends: Sequence[object]) -> None:
+    if len(scales) != len(addends):
+        raise ResidualError(
+            f"expected one scale, or one for each of {len(addends)} residuals, found {len(scales)}"
+        )
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ResidualError(
+                f"expected a finite scale, found {scale}; the plain sum has scale 1.0"
+            )
+
+
+def _check_one_base(addends: Sequence[Residual | Difference]) -> None:
+    """Refuse residuals of different bases, other orders of tokens, and one residual given twice."""
+    first, *others = addends
+    for n, other in enumerate(others, 1):
+        if other.base_hash != first.base_hash:
+            raise ResidualError(
+                f"expected residuals of one base, found {first.path} of {first.base_hash[:19]} and "
+                f"{other.path} of {other.base_hash[:19]}; extract both against the same base"
+            )
+        if other.anatomy.vocabulary != first.anatomy.vocabulary:
+            raise ResidualError(
+                f"expected residuals with the same tokens in the same order, found others in "
+                f"{first.path} and {other.path}; tune both from one tokenizer"
+            )
+        if any(other.instruct_hash == earlier.instruct_hash for earlier in addends[:n]):
+            raise ResidualError(
+                f"expected different residuals, found {other.path} twice; a residual is added "
+                "once, a larger scale adds more of it"
+            )
+
+
+def _check_ungrafted(target: Checkpoint, addends: Sequence[Residual | Difference]) -> None:
     record = target.record
     if record and record.residuals:
+        this = any(isinstance(a, Residual) and a.content_hash in record.residuals for a in addends)
         raise ResidualError(
             f"{target.path}: expected a checkpoint without instructions, found a graft or one that "
-            "was trained from a graft; a residual is added once. Graft onto the checkpoint that "
-            "came before"
+            f"was trained from a graft{', of this very residual' if this else ''}; a residual is "
+            "added once. Graft onto the checkpoint that came before"
         )
-    lineage = {target.content_hash, *(record.ancestors if record else ())}
-    if residual.instruct_hash in lineage and residual.instruct_hash != residual.base_hash:
+
+
+def _check_lineage(
+    target: Checkpoint,
+    addends: Sequence[Residual | Difference],
+    lineage: set[str],
+    *,
+    any_parent: bool,
+) -> None:
+    """Refuse a target that has the instructions already, or that may not descend from the base."""
+    base_hash, record = addends[0].base_hash, target.record
+    if any(a.instruct_hash in lineage and a.instruct_hash != base_hash for a in addends):
         raise ResidualError(
             f"{target.path}: expected a descendant of the base, found the instruct model itself or "
             "one trained from it; it follows instructions without a graft. Continue to pre-train "
             "the base and graft onto that"
         )
-    if residual.base_hash in lineage or any_parent:
+    if base_hash in lineage or any_parent:
         return
     known = "descends from another base" if record else "has no record of its ancestors"
     raise ResidualError(
-        f"{target.path}: expected a descendant of the residual's base {residual.base_hash[:19]}, "
+        f"{target.path}: expected a descendant of the residual's base {base_hash[:19]}, "
         f"found {target.content_hash[:19]}, which {known}. Take a checkpoint that `fedgraft "
         "pretrain` made from that base; or, if you know that this one was, add --any-parent"
     )
 
 
-def _fit_config(folder: Path, target: Checkpoint, num_rows: int) -> None:
+def _restore(grafted: Array, old: Array, exceptions: Exceptions, first: int) -> None:
+    """Put the instruct side's numbers where the target still has the base's."""
+    low, high = np.searchsorted(exceptions.index, [first, first + old.size])
+    before, after = exceptions.base[low:high], exceptions.instruct[low:high]
+    if before.dtype != old.dtype:
+        return
+    at, bits = exceptions.index[low:high] - first, f"u{old.itemsize}"
+    same = old[at].view(bits) == before.view(bits)
+    grafted[at[same]] = after[same].astype(grafted.dtype)
+
+
+def _read_back(folder: Path, content: str) -> None:
+    """Compare what the disk gives back with what was written."""
+    tensors = read_tensors(folder, "model")
+    for file in {info.file for info in tensors.values()}:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found = TensorFiles(folder, tensors).content_hash
+    if found != content:
+        raise ArtefactError(
+            f"{folder.parent}: expected to read back {content[:19]} as it was written, found "
+            f"{found[:19]}; the disk or the memory is faulty. Write to another disk"
+        )
+
+
+def _fit_config(folder: Path, layout: Layout, num_rows: int) -> None:
     """Make the instruct side's config state the dtype and the rows that were written."""
     config = read_config(folder)
     sizes = Counter[str]()
-    for info in target.tensors.values():
-        sizes[info.dtype] += info.num_elements
-    dtype = CONFIG_DTYPES[sizes.most_common(1)[0][0]]
+    for dtype, shape in layout.values():
+        sizes[dtype] += math.prod(shape)
     fitted = config | {
-        "torch_dtype" if "torch_dtype" in config else "dtype": dtype,
+        "torch_dtype" if "torch_dtype" in config else "dtype": CONFIG_DTYPES[
+            sizes.most_common(1)[0][0]
+        ],
         "vocab_size": num_rows,
     }
     if fitted != config:

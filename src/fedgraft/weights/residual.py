@@ -1,61 +1,103 @@
 """residual = instruct - base, tensor by tensor: what instruction tuning did to a model.
 
-Computed in float32 and streamed. Stored in float32 (the default) it gives the instruct model back
-bit for bit, but for numbers beside which the difference is more than 2^16 times larger; they are
-counted in the record, by tensor.
+Computed in float32 and streamed. float32 holds the difference of two bfloat16 or float16 numbers
+exactly, but for pairs of which one is more than 2^16 times as large as the other; what is not
+restored bit for bit is counted in the record, by tensor, and the forms `auto` and `packed` carry
+it along, so that they always give the instruct model back.
+
+Rows for tokens lie in the order of the instruct side's ids. A row whose token the base lacks is
+carried whole.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.errors import NonFiniteError, ResidualError
-from fedgraft.provenance import Record, new_artefact
+from fedgraft.errors import ResidualError
+from fedgraft.provenance import Record, hash_json, new_artefact
+from fedgraft.weights.arithmetic import Floats, lost, narrow, squared_norm, widen
 from fedgraft.weights.checkpoint import (
+    BLOCK_ELEMENTS,
     DTYPES,
     Array,
     TensorFiles,
     TensorInfo,
+    each_tensor,
     read_config,
     read_tensors,
 )
-from fedgraft.weights.family import Anatomy, Family
-from fedgraft.weights.writer import copy_companions, write_tensors
+from fedgraft.weights.family import Anatomy, Family, has_rows
+from fedgraft.weights.writer import Layout, copy_companions, write_tensors
 
-PREFIX = "residual"
+PREFIX, EXCEPTIONS = "residual", "exceptions"
 INSTRUCT = "instruct"
 """Folder within a residual with the config, tokenizer and chat template that a graft will carry."""
 
-Floats = NDArray[np.float32]
+Form = Literal["float32", "bfloat16", "auto", "packed"]
+"""How `extract` stores numbers; all but bfloat16 give back what float32 can hold.
+
+float32, bfloat16    as they are
+auto                 bfloat16 for a tensor that it restores, else float32; exceptions carried
+packed               float32 in compressed byte planes; exceptions carried
+"""
+CARRYING = ("auto", "packed")
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Exceptions:
+    """Numbers of a tensor that base + residual does not restore: where, and what stood there.
+
+    Where a target still has the base's number and the scale is 1, the graft takes the instruct
+    side's.
+    """
+
+    index: Rows
+    base: Array
+    instruct: Array
 
 
 class Residual(TensorFiles):
-    """A residual on disk."""
+    """A residual on disk; `tensors` and `blocks` are its numbers, in whatever form they lie."""
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], record: Record) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], record: Record) -> None:
         super().__init__(path, tensors)
         self.record = record
+        self.companions = path / INSTRUCT
 
     @classmethod
-    def open(cls, path: str | Path) -> "Residual":
-        """Open what `extract` wrote.
+    def open(cls, source: "str | Path | Residual") -> "Residual":
+        """Open what `extract` wrote; what is open already is returned as it is.
 
         Raises ResidualError where the directory is none, CheckpointError where its tensors are
         damaged.
         """
-        path = Path(path)
+        if isinstance(source, Residual):
+            return source
+        path = Path(source)
         record = Record.read(path)
         if record is None or record.kind != "residual":
             raise ResidualError(
                 f"{path}: expected a residual, found {record.kind if record else 'no record'}; "
                 "make one with `fedgraft residual extract BASE INSTRUCT --out DIR`"
             )
+        if "form" not in record.settings:
+            raise ResidualError(
+                f"{path}: expected a residual of this version of fedgraft, found one of "
+                f"{record.fedgraft} in another layout; extract it again"
+            )
         return cls(path, read_tensors(path, PREFIX), record)
+
+    @property
+    def form(self) -> str:
+        return str(self.record.settings["form"])
 
     @property
     def base_hash(self) -> str:
@@ -71,10 +113,110 @@ class Residual(TensorFiles):
         """||residual|| / ||base|| over all tensors: how far instruction tuning went."""
         return float(self.record.figures["relative_norm"])
 
-    @property
+    @cached_property
     def anatomy(self) -> Anatomy:
-        folder = self.path / INSTRUCT
-        return Anatomy.of(folder, read_config(folder), self.tensors)
+        return Anatomy.of(self.companions, read_config(self.companions), self.tensors)
+
+    @property
+    def whole_rows(self) -> Rows:
+        """Rows whose token the base lacks: the residual has them whole."""
+        spans = [np.arange(a, b) for a, b in self.record.settings["whole_rows"]]
+        return np.concatenate([np.empty(0, np.int64), *spans])
+
+    @cached_property
+    def exceptions(self) -> Mapping[str, Exceptions]:
+        """By tensor, what base + residual does not restore, where the form carries that."""
+        if not (self.path / f"{EXCEPTIONS}.safetensors").exists():
+            return {}
+        files = TensorFiles(self.path, read_tensors(self.path, EXCEPTIONS))
+        names = [name.removesuffix(".index") for name in files.tensors if name.endswith(".index")]
+        return {
+            name: Exceptions(*(files.read(f"{name}.{part}") for part in ("index", *PARENTS)))
+            for name in names
+        }
+
+    @property
+    def sources(self) -> tuple[TensorFiles, ...]:
+        """What its numbers are read from."""
+        return (self,)
+
+    def refuse_damage(self) -> None:
+        """Raise ResidualError where the numbers are not those that were written."""
+        written = self.record.figures["content"]
+        if self.content_hash != written:
+            raise ResidualError(
+                f"{self.path}: expected the numbers {written[:19]} that were written, found "
+                f"{self.content_hash[:19]}; the files were damaged or changed. Extract it again"
+            )
+
+
+PARENTS = ("base", "instruct")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A block of a difference: both sides as stored and in float32, and instruct - base."""
+
+    old: Array
+    new: Array
+    before: Floats
+    after: Floats
+    residual: Floats
+
+
+class Difference:
+    """The residual of a family, computed as it is read; otherwise like a Residual."""
+
+    exceptions: Mapping[str, Exceptions] = {}
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.path = self.companions = family.instruct.path
+        self.anatomy = family.anatomy
+        self.tensors = family.instruct.tensors
+
+    @property
+    def base_hash(self) -> str:
+        return self.family.base.content_hash
+
+    @property
+    def instruct_hash(self) -> str:
+        return self.family.instruct.content_hash
+
+    @property
+    def content_hash(self) -> str:
+        return hash_json([self.base_hash, self.instruct_hash])
+
+    @property
+    def whole_rows(self) -> Rows:
+        return np.flatnonzero(self.family.base_rows < 0)
+
+    @property
+    def sources(self) -> tuple[TensorFiles, ...]:
+        return (self.family.base, self.family.instruct)
+
+    def refuse_damage(self) -> None:
+        """Nothing is stored that could be damaged."""
+
+    def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
+        """Yield instruct - base in float32, flat, in order; valid until the next is asked for."""
+        for step in self.steps(name, num_elements):
+            yield step.residual
+
+    def steps(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Step]:
+        base, instruct, rows = self.family.base, self.family.instruct, self.family.base_rows
+        straight = not has_rows(name) or np.array_equal(
+            rows, np.arange(base.tensors[name].shape[0])
+        )
+        olds = base.blocks(name, num_elements) if straight else base.rows(name, rows, num_elements)
+        size = min(num_elements, instruct.tensors[name].num_elements)
+        wide, residual = np.empty((2, size), np.float32), np.empty(size, np.float32)
+        for old, new in zip(olds, instruct.blocks(name, num_elements), strict=True):
+            before, after = widen(old, wide[0]), widen(new, wide[1])
+            with np.errstate(invalid="ignore", over="ignore"):
+                yield Step(
+                    old, new, before, after, np.subtract(after, before, out=residual[: old.size])
+                )
 
 
 @dataclass(slots=True)
@@ -87,101 +229,158 @@ class _Figures:
 
 
 def extract(
-    family: Family,
-    out: Path,
-    *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    overwrite: bool = False,
+    family: Family, out: Path, *, form: Form = "float32", overwrite: bool = False
 ) -> Residual:
     """Write the residual of a family to the directory `out` and open it.
 
-    bfloat16 takes half the space and restores about 99 % of the elements. Where the two sides have
-    different numbers of rows for tokens, the residual has the common ones.
+    bfloat16 takes half the space and restores about 99 % of the elements; packed takes less than
+    that and restores all.
 
-    Raises NonFiniteError naming a tensor with NaN or infinity, ArtefactError where `out` exists or
-    cannot be written.
+    Raises ResidualError for a form that there is not, NonFiniteError naming a tensor with NaN or
+    infinity, ArtefactError where `out` exists or cannot be written.
     """
-    stored = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    base, instruct = family.base, family.instruct
-    layout = {
-        name: (stored, min(base.tensors[name].shape, instruct.tensors[name].shape))
-        for name in base.tensors
-    }
-    figures = {name: _Figures() for name in layout}
+    if form not in get_args(Form):
+        raise ResidualError(f"expected a form among {', '.join(get_args(Form))}, found {form!r}")
+    base, instruct, difference = family.base, family.instruct, Difference(family)
+    seen = {name: _Figures() for name in difference.tensors}
+    carried: dict[str, list[Exceptions]] = {name: [] for name in difference.tensors}
 
-    def blocks(name: str) -> Iterator[Array]:
-        seen = figures[name]
-        for old, new in zip(base.blocks(name), instruct.blocks(name), strict=False):
-            size = min(old.size, new.size)
-            before = old[:size].astype(np.float32, copy=False)
-            after = new[:size].astype(np.float32, copy=False)
-            with np.errstate(invalid="ignore"):
-                residual = after - before
-            seen.squared_base += squared_norm(before, name, base.path)
-            seen.squared_residual += squared_norm(residual, name, instruct.path)
-            block = residual.astype(DTYPES[stored], copy=False)
-            restored = before + block.astype(np.float32, copy=False)
-            seen.num_not_restored += _num_lost(restored, after, new[:size])
+    def stored(name: str, dtype: str) -> Iterator[Array]:
+        """The difference as it is stored; what it restores is measured as it passes."""
+        figures, first = seen[name], 0
+        size = min(BLOCK_ELEMENTS, difference.tensors[name].num_elements)
+        small, wide = np.empty(size, DTYPES[dtype]), np.empty(size, np.float32)
+        for step in difference.steps(name):
+            figures.squared_base += squared_norm(step.before, name, base.path)
+            figures.squared_residual += squared_norm(step.residual, name, instruct.path)
+            block: Array = step.residual
+            addend = step.residual
+            if dtype != "F32":
+                block = narrow(step.residual, small)
+                addend = widen(block, wide)
+            restored = np.add(step.before, addend, out=step.before)
+            amiss = lost(restored, step.after, step.new)
+            figures.num_not_restored += amiss.size
+            if amiss.size and form in CARRYING:
+                carried[name].append(Exceptions(first + amiss, step.old[amiss], step.new[amiss]))
+            first += block.size
             yield block
 
     with new_artefact(out, overwrite=overwrite) as folder:
-        write_tensors(folder, layout, blocks, prefix=PREFIX)
+        layout = _layout(difference, form)
+        content = write_tensors(
+            folder, layout, lambda name: stored(name, layout[name][0]), prefix=PREFIX
+        )
+        _write_exceptions(folder, carried)
         (folder / INSTRUCT).mkdir()
         copy_companions(instruct.path, folder / INSTRUCT)
-        not_restored = {name: f.num_not_restored for name, f in figures.items()}
-        squares = [(f.squared_residual, f.squared_base) for f in figures.values()]
+        not_restored = {name: f.num_not_restored for name, f in seen.items()}
+        squares = [(f.squared_residual, f.squared_base) for f in seen.values()]
         residual_norm, base_norm = (math.sqrt(math.fsum(s)) for s in zip(*squares, strict=True))
         Record.make(
             kind="residual",
             inputs={"base": base.content_hash, "instruct": instruct.content_hash},
-            settings={"dtype": dtype},
+            settings={"form": form, "whole_rows": _spans(difference.whole_rows)},
             figures={
                 "relative_norm": float(f"{residual_norm / (base_norm or 1.0):.6g}"),
-                "num_elements": sum(math.prod(shape) for _, shape in layout.values()),
+                "num_elements": instruct.num_parameters,
                 "num_not_restored": sum(not_restored.values()),
                 "not_restored": {name: n for name, n in not_restored.items() if n},
+                "content": content,
             },
         ).write(folder)
     return Residual.open(out)
 
 
-def squared_norm(numbers: Floats, name: str, path: Path) -> float:
-    """Return the sum of squares of a block; NonFiniteError where it holds NaN or infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.einsum("i,i->", numbers, numbers))
-    if math.isfinite(total):
-        return total
-    refuse_non_finite(numbers, name, path)
-    return float(np.square(numbers, dtype=np.float64).sum())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What `verify` found."""
+
+    parents: Mapping[str, tuple[str, str]]
+    """`base` and `instruct` -> content hash recorded, content hash found."""
+    content: tuple[str, str]
+    """Of the residual's own numbers: recorded, found."""
+    num_elements: int
+    not_restored: Mapping[str, int]
+    """Tensor -> numbers that a graft onto the base at scale 1 does not restore bit for bit."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether the parents and the numbers are those of the record."""
+        return all(a == b for a, b in (*self.parents.values(), self.content))
 
 
-def refuse_non_finite(numbers: Array, name: str, path: Path) -> None:
-    """Raise NonFiniteError where a block of a tensor holds NaN or infinity."""
-    if not all_finite(numbers):
-        raise NonFiniteError(
-            f"{path}: expected finite numbers, found NaN or infinity in tensor {name!r}; the file "
-            "is damaged or the training diverged. Take an earlier checkpoint"
-        )
+def verify(residual: Residual, family: Family) -> Verification:
+    """Read a residual and both parents again: compare hashes, and add base + residual.
 
-
-def all_finite(numbers: Array) -> bool:
-    """Whether a block holds neither NaN nor infinity, told by its bits (ten times as fast).
-
-    They are the largest of the positive numbers read as signed integers, and of the negative ones
-    read as unsigned integers.
+    Raises ResidualError where the two do not fit, CheckpointError where a file cannot be read.
     """
-    signed, unsigned = f"i{numbers.itemsize}", f"u{numbers.itemsize}"
-    plus, minus = np.array([np.inf, -np.inf]).astype(numbers.dtype).view(unsigned)
-    return bool(
-        numbers.view(signed).max(initial=0) < plus and numbers.view(unsigned).max(initial=0) < minus
+    difference = family.anatomy.first_difference(residual.anatomy)
+    if difference:
+        raise ResidualError(
+            f"the residual {residual.path} does not fit {family.instruct.path}: {difference}. Name "
+            "the two checkpoints that it was extracted from"
+        )
+    not_restored = dict.fromkeys(residual.tensors, 0)
+
+    def check(name: str) -> None:
+        exceptions, first = residual.exceptions.get(name), 0
+        wide = np.empty(min(BLOCK_ELEMENTS, residual.tensors[name].num_elements), np.float32)
+        for step, block in zip(Difference(family).steps(name), residual.blocks(name), strict=True):
+            restored = np.add(step.before, widen(block, wide), out=step.before)
+            amiss = first + lost(restored, step.after, step.new)
+            if exceptions:
+                amiss = np.setdiff1d(amiss, exceptions.index, assume_unique=True)
+            not_restored[name] += amiss.size
+            first += block.size
+
+    sizes = {name: info.num_bytes for name, info in family.instruct.tensors.items()}
+    each_tensor(f"verifying {residual.path.name}", sizes, check)
+    return Verification(
+        parents={
+            "base": (residual.base_hash, family.base.content_hash),
+            "instruct": (residual.instruct_hash, family.instruct.content_hash),
+        },
+        content=(residual.record.figures["content"], residual.content_hash),
+        num_elements=family.num_parameters,
+        not_restored={name: n for name, n in not_restored.items() if n},
     )
 
 
-def _num_lost(restored: Floats, wanted: Floats, exact: Array) -> int:
-    """Count the elements that `restored` does not round to, bit for bit; `wanted` is `exact`."""
-    inexact = restored.view(np.uint32) != wanted.view(np.uint32)
-    if not inexact.any():
-        return 0
-    bits = f"u{exact.itemsize}"
-    rounded = restored[inexact].astype(exact.dtype)
-    return int(np.count_nonzero(rounded.view(bits) != exact[inexact].view(bits)))
+def _layout(difference: Difference, form: Form) -> Layout:
+    """Choose each tensor's dtype; for `auto` bfloat16 where it restores the tensor exactly."""
+    dtypes = dict.fromkeys(difference.tensors, "BF16" if form == "bfloat16" else "F32")
+
+    def choose(name: str) -> None:
+        size = min(BLOCK_ELEMENTS, difference.tensors[name].num_elements)
+        small, wide = np.empty(size, DTYPES["BF16"]), np.empty(size, np.float32)
+        for step in difference.steps(name):
+            rounded = widen(narrow(step.residual, small), wide)
+            if lost(np.add(step.before, rounded, out=step.before), step.after, step.new).size:
+                return
+        dtypes[name] = "BF16"
+
+    if form == "auto":
+        sizes = {name: info.num_bytes for name, info in difference.tensors.items()}
+        each_tensor("choosing dtypes", sizes, choose)
+    return {name: (dtypes[name], info.shape) for name, info in difference.tensors.items()}
+
+
+def _write_exceptions(folder: Path, carried: Mapping[str, list[Exceptions]]) -> None:
+    parts: dict[str, Array] = {}
+    for name, found in carried.items():
+        if found:
+            parts[f"{name}.index"] = np.concatenate([e.index for e in found])
+            parts[f"{name}.base"] = np.concatenate([e.base for e in found])
+            parts[f"{name}.instruct"] = np.concatenate([e.instruct for e in found])
+    if parts:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        layout = {name: (names[part.dtype], part.shape) for name, part in parts.items()}
+        write_tensors(folder, layout, lambda name: [parts[name]], prefix=EXCEPTIONS)
+
+
+def _spans(rows: Rows) -> list[list[int]]:
+    """Write ascending row numbers as [first, behind the last] pairs."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
+    return [[int(rows[a]), int(rows[b - 1]) + 1] for a, b in pairwise(edges)]

@@ -3,17 +3,24 @@
     id of a token    0 ............ num_tokens ........ num_rows
     embedding        rows of tokens | padding rows, legal and meaningless
 
-Two vocabularies agree where no row means one token here and another there. A token that only one
-side knows is legal if the other side keeps a padding row for it: so chat tokens are added.
+Rows of two checkpoints belong together where they hold the same token string, whatever its id. A
+token that one side lacks belongs to the padding row that the other side has at its id: so chat
+tokens are added. A padding row belongs to the padding row of the same id.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedgraft.errors import CheckpointError
+
+MIN_SHARED = 0.9
+"""Share of tokens that two tokenizers of one making have in common at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,25 +58,66 @@ class Vocabulary:
         return len(self.ids)
 
     def first_difference(self, other: "Vocabulary") -> str | None:
-        """Say where the two contradict each other, at the lowest id; None where they agree."""
+        """Say how two tokenizers differ that are not of one making; None where they are.
+
+        They are where the smaller has at least MIN_SHARED of its tokens in common with the other.
+        """
         if self.ids == other.ids:
             return None
+        num_shared, smaller = (
+            len(self.ids.keys() & other.ids.keys()),
+            min(len(self.ids), len(other.ids)),
+        )
+        if num_shared >= MIN_SHARED * smaller:
+            return None
         here, there = ({i: token for token, i in v.ids.items()} for v in (self, other))
-        for i in sorted(here.keys() | there.keys()):
-            a, b = here.get(i), there.get(i)
-            if a is not None and b is not None and a != b:
-                return f"id {i} is token {a!r} in the first and {b!r} in the second"
-            token = b if a is None else a
-            if token is not None and self.ids.get(token, i) != other.ids.get(token, i):
-                return (
-                    f"token {token!r} has id {self.ids[token]} in the first and "
-                    f"{other.ids[token]} in the second"
-                )
-            if i >= min(self.num_rows, other.num_rows):
-                lacking = "first" if self.num_rows <= i else "second"
-                rows = min(self.num_rows, other.num_rows)
-                return f"token {token!r} with id {i} has no row in the {lacking}, which has {rows}"
-        return None
+        i = next(i for i in sorted(here) if here[i] not in other.ids)
+        return (
+            f"only {num_shared:,} of {smaller:,} tokens are the same, the first other one is "
+            f"{here[i]!r} with id {i}, where the second has {there.get(i)!r}"
+        )
+
+    def rows_in(self, other: "Vocabulary") -> NDArray[np.int64]:
+        """Return, for each row here, the row of `other` that belongs to it; -1 where none does."""
+        rows = np.full(self.num_rows, -1, np.int64)
+        common = min(self.num_rows, other.num_rows)
+        if self.ids == other.ids:
+            rows[:common] = np.arange(common)
+            return rows
+        unnamed = np.ones(other.num_rows, np.bool_)
+        unnamed[list(other.ids.values())] = False
+        rows[:common] = np.where(unnamed[:common], np.arange(common), -1)
+        shared = self.ids.keys() & other.ids.keys()
+        rows[[self.ids[token] for token in shared]] = [other.ids[token] for token in shared]
+        return rows
+
+
+def name_tokens(folder: Path, tokens: Sequence[str], first: int, *, like: Path) -> None:
+    """Add tokens to the tokenizer of `folder`, with ids from `first` on, as `like` has them.
+
+    Raises CheckpointError where the tokenizer has no tokenizer.json to add them to.
+    """
+    if not tokens:
+        return
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(
+            f"{folder}: expected a tokenizer.json, to which {len(tokens)} tokens that only "
+            f"{like} has could be added, found none; save the instruct model's tokenizer with "
+            "transformers, which writes one"
+        )
+    tokenizer, added = _read(file), {}
+    if (like / "tokenizer.json").exists():
+        added = {t["content"]: t for t in _read(like / "tokenizer.json").get("added_tokens", [])}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"] = [
+        *tokenizer.get("added_tokens", []),
+        *(
+            {**plain, **added.get(token, {}), "id": first + n, "content": token}
+            for n, token in enumerate(tokens)
+        ),
+    ]
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_ids(folder: Path) -> dict[str, int]:

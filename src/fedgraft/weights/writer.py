@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from fedgraft.errors import ArtefactError
-from fedgraft.weights.checkpoint import DTYPES, Array, each_tensor
+from fedgraft.weights.checkpoint import DTYPES, Array, each_tensor, hash_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -43,10 +44,11 @@ def write_tensors(
     *,
     prefix: str = "model",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> str:
     """Write each tensor of `layout` from `blocks(name)`: its numbers in order, flat, of its dtype.
 
-    Tensors are written a few at a time, on as many threads; `blocks` must allow that.
+    Tensors are written a few at a time, on as many threads; `blocks` must allow that. Returns the
+    content hash of what was written.
 
     Raises ArtefactError where the disk has less room than the tensors need.
     """
@@ -80,20 +82,25 @@ def write_tensors(
         (folder / file).write_bytes(header)
         places |= {name: (folder / file, len(header) + start) for name, start in starts.items()}
 
+    digests: dict[str, bytes] = {}
+
     def write(name: str) -> None:
         path, start = places[name]
-        num_written = 0
+        num_written, digest = 0, blake3()
         with path.open("r+b", buffering=0) as stream:
             stream.seek(start)
             for block in blocks(name):
                 assert block.dtype == DTYPES[layout[name][0]], f"{name}: a block of {block.dtype}"
                 left = np.ascontiguousarray(block).view(np.uint8).data
                 num_written += len(left)
+                digest.update(left)
                 while left:
                     left = left[stream.write(left) :]
         assert num_written == num_bytes[name], f"{name}: {num_written} of {num_bytes[name]} bytes"
+        digests[name] = digest.digest()
 
     each_tensor(f"writing {prefix}", num_bytes, write)
+    return hash_tensors(layout, digests)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

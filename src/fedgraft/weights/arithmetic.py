@@ -1,0 +1,73 @@
+"""float32 arithmetic on blocks that stay in a core's cache.
+
+Every function works in buffers that the caller keeps: fresh memory for each block costs more than
+the arithmetic.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.errors import NonFiniteError
+from fedgraft.weights.checkpoint import Array
+
+Floats = NDArray[np.float32]
+
+
+def widen(block: Array, buffer: Floats) -> Floats:
+    """Return a block in float32, in the buffer; exact for bfloat16 and float16."""
+    wide = buffer[: block.size]
+    np.copyto(wide, block)
+    return wide
+
+
+def narrow(numbers: Floats, buffer: Array) -> Array:
+    """Return float32 numbers rounded to the buffer's dtype, to nearest, ties to even."""
+    small = buffer[: numbers.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(small, numbers, casting="unsafe")
+    return small
+
+
+def squared_norm(numbers: Floats, name: str, path: Path) -> float:
+    """Return the sum of squares of a block; NonFiniteError where it holds NaN or infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(np.einsum("i,i->", numbers, numbers))
+    if math.isfinite(total):
+        return total
+    refuse_non_finite(numbers, name, path)
+    return float(np.square(numbers, dtype=np.float64).sum())
+
+
+def refuse_non_finite(numbers: Array, name: str, path: Path) -> None:
+    """Raise NonFiniteError where a block of a tensor holds NaN or infinity."""
+    if not all_finite(numbers):
+        raise NonFiniteError(
+            f"{path}: expected finite numbers, found NaN or infinity in tensor {name!r}; the file "
+            "is damaged or the training diverged. Take an earlier checkpoint"
+        )
+
+
+def all_finite(numbers: Array) -> bool:
+    """Whether a block holds neither NaN nor infinity, told by its bits (ten times as fast).
+
+    They are the largest of the positive numbers read as signed integers, and of the negative ones
+    read as unsigned integers.
+    """
+    signed, unsigned = f"i{numbers.itemsize}", f"u{numbers.itemsize}"
+    plus, minus = np.array([np.inf, -np.inf]).astype(numbers.dtype).view(unsigned)
+    return bool(
+        numbers.view(signed).max(initial=0) < plus and numbers.view(unsigned).max(initial=0) < minus
+    )
+
+
+def lost(restored: Floats, wanted: Floats, exact: Array) -> NDArray[np.int64]:
+    """Return where `restored` does not round to `exact`, bit for bit; `wanted` is `exact`, wide."""
+    inexact = np.flatnonzero(restored.view(np.uint32) != wanted.view(np.uint32))
+    if not inexact.size:
+        return inexact
+    bits = f"u{exact.itemsize}"
+    rounded = restored[inexact].astype(exact.dtype)
+    return np.compress(rounded.view(bits) != exact[inexact].view(bits), inexact)
