@@ -75,7 +75,10 @@ class Shape:
 
     def tokenizer(self) -> dict[str, Any]:
         """Return a byte-level BPE of the real one's size: letters, pairs of them, triples, ..."""
-        letters = sorted(ByteLevel.alphabet())
+        letters, by_bytes = (
+            sorted(ByteLevel.alphabet()),
+            {"type": "ByteLevel", "trim_offsets": True},
+        )
         words = chain.from_iterable(product(letters, repeat=n) for n in range(1, 4))
         spelled = ["".join(word) for word in islice(words, self.num_spelled)]
         return {
@@ -89,8 +92,8 @@ class Shape:
                 }
                 for n in range(self.num_special)
             ],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-            "decoder": {"type": "ByteLevel"},
+            "pre_tokenizer": by_bytes | {"add_prefix_space": False, "use_regex": True},
+            "decoder": by_bytes | {"add_prefix_space": False, "use_regex": True},
             "model": {
                 "type": "BPE",
                 "vocab": {token: i for i, token in enumerate(spelled)},

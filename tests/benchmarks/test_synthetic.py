@@ -7,14 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.synthetic import SHAPES, Shape, write_base, write_update
+from tokenizers import Tokenizer
 
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.family import Family
 
 SMALL = dataclasses.replace(
     SHAPES["8b"],
-    config=SHAPES["8b"].config
-    | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 400},
+    config={
+        **SHAPES["8b"].config,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "vocab_size": 400,
+    },
     num_spelled=300,
     num_special=6,
 )
@@ -30,6 +36,16 @@ def test_a_shape_has_as_many_numbers_as_the_real_model(
     layout = SHAPES[name].layout()
     assert sum(math.prod(shape) for _, shape in layout.values()) == num_parameters
     assert len(layout) == num_tensors
+
+
+def test_the_tokenizer_is_one(tmp_path: Path) -> None:
+    write_base(SMALL, tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
+    text = "Hello, <|special_5|> there"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert 305 in ids
+    assert tokenizer.get_vocab_size() == 306
 
 
 def test_an_update_is_of_the_size_asked_for_and_makes_a_family(tmp_path: Path) -> None:
