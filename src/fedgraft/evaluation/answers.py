@@ -56,7 +56,7 @@ def continuations(
     batch_tokens: int = BATCH_TOKENS,
     label: str = "answers",
 ) -> list[list[int]]:
-    """The model's most likely tokens after each prompt, up to and with its end-of-turn or end token.
+    """The model's most likely tokens after each prompt, its end-of-turn or end token included.
 
     Prompts of like length share a batch of at most `batch_tokens` tokens, answers included.
 
