@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from fedgraft.errors import ArtefactError, CheckpointError
 
@@ -67,6 +67,12 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             f"{path}: expected a tokenizer (tokenizer.json), found none; {remedy}"
         )
     return tokenizer
+
+
+def take_generation_config(model: "PreTrainedModel", folder: Path) -> None:
+    """Give a model the generation config of a directory, its end tokens among others, if any."""
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def save_model(

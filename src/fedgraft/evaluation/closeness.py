@@ -14,6 +14,7 @@ The residual is put on the newer base in memory; no checkpoint is written.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from fedgraft.errors import EvaluationError, NonFiniteError, ResidualError
 from fedgraft.evaluation.answers import continuations
 from fedgraft.evaluation.batches import by_length
 from fedgraft.evaluation.perplexity import BATCH_TOKENS, document_perplexity
-from fedgraft.models import open_model, open_tokenizer
+from fedgraft.models import open_model, open_tokenizer, take_generation_config
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Message, prompt_ids
 from fedgraft.weights.checkpoint import Checkpoint
@@ -168,12 +169,12 @@ def choose_scale(
 
     model = open_model(base)
     found = {"base": bits(model, "base")}
-    if instruct is None:
-        with applied(Live(model, base), residual):
-            found["instruct"] = bits(model, "instruct")
-            answers = listen(model, tokenizer, asked, max_new_tokens=max_new_tokens)
-    else:
-        model = open_model(instruct)
+    with ExitStack() as stack:
+        if instruct is None:
+            stack.enter_context(applied(Live(model, base), residual))
+            take_generation_config(model, residual.companions)  # the base's knows no end of a turn
+        else:
+            model = open_model(instruct)
         found["instruct"] = bits(model, "instruct")
         answers = listen(model, tokenizer, asked, max_new_tokens=max_new_tokens)
     model = open_model(target)
