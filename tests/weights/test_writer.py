@@ -15,7 +15,7 @@ from tests.weights.checkpoints import DTYPES, Tensors, random_tensors, save
 
 from fedgraft.errors import ArtefactError
 from fedgraft.weights.checkpoint import Array, read_tensors
-from fedgraft.weights.writer import copy_companions, write_tensors
+from fedgraft.weights.writer import copy_companions, write_growing, write_tensors
 
 
 def write(folder: Path, tensors: Tensors, *, block: int = 50, **options: Any) -> dict[str, bytes]:
@@ -122,6 +122,65 @@ def test_too_few_or_too_many_numbers_are_a_bug(tmp_path: Path, count: int) -> No
 def test_numbers_of_another_dtype_are_a_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a: a block of float64"):
         write_tensors(tmp_path, {"a": ("F32", (10,))}, lambda _: [np.zeros(10)])
+
+
+def grow(folder: Path, made: dict[str, Tensors], **options: Any) -> dict[str, bytes]:
+    """Write flat tensors in small blocks, without saying how long they are."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+    def parts(name: str) -> Iterator[tuple[str, str, Iterator[Array]]]:
+        for part, tensor in made[name].items():
+            blocks = (tensor[first : first + 7] for first in range(0, tensor.size, 7))
+            yield part, names[tensor.dtype], blocks
+
+    folder.mkdir()
+    write_growing(folder, dict.fromkeys(made, 1), parts, **options)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def grown() -> dict[str, Tensors]:
+    flat = {name: tensor.reshape(-1) for name, tensor in random_tensors().items()}
+    return {
+        name: {"a": tensor, "b": tensor[:3].astype(np.float32), "c": tensor[:0]}
+        for name, tensor in flat.items()
+    }
+
+
+@pytest.mark.parametrize("max_shard_bytes", [100, 10**6])
+def test_tensors_of_unknown_size_are_written_as_if_their_size_were_known(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    made = grown()
+    found = grow(tmp_path / "growing", made, max_shard_bytes=max_shard_bytes)
+    (tmp_path / "known").mkdir()
+    flat = {f"{name}.{part}": t for name, parts in made.items() for part, t in parts.items()}
+    assert found == write(tmp_path / "known", flat, max_shard_bytes=max_shard_bytes)
+    assert (len(found) > 2) == (max_shard_bytes == 100)
+
+
+def test_a_part_may_follow_from_the_part_before(tmp_path: Path) -> None:
+    def parts(_: str) -> Iterator[tuple[str, str, Iterator[Array]]]:
+        seen: list[float] = []
+
+        def numbers() -> Iterator[Array]:
+            for i in range(3):
+                seen.append(i)
+                yield np.full(2, i, np.float32)
+
+        yield "numbers", "F32", numbers()
+        yield "sum", "F32", iter([np.array([sum(seen)], np.float32)])
+
+    write_growing(tmp_path, {"t": 1}, parts)
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "t.numbers": [0, 0, 1, 1, 2, 2],
+        "t.sum": [3],
+    }
+
+
+def test_growing_numbers_of_another_dtype_are_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"a\.b: a block of float64"):
+        write_growing(tmp_path, {"a": 1}, lambda _: [("b", "F32", [np.zeros(10)])])
 
 
 def test_companions_are_the_config_the_tokenizer_and_the_templates(tmp_path: Path) -> None:

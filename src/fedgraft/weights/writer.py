@@ -7,14 +7,15 @@ The caller writes into the folder of a `new_artefact`, so that a failure leaves 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
 
 from fedgraft.errors import ArtefactError
-from fedgraft.weights.checkpoint import DTYPES, Array, each_tensor, hash_tensors
+from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, DTYPES, Array, each_tensor, hash_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -101,6 +102,53 @@ def write_tensors(
 
     each_tensor(f"writing {prefix}", num_bytes, write)
     return hash_tensors(layout, digests)
+
+
+def write_growing(
+    folder: Path,
+    num_bytes: Mapping[str, int],
+    parts: Callable[[str], Iterable[tuple[str, str, Iterable[Array]]]],
+    *,
+    prefix: str = "model",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> str:
+    """Write tensors whose sizes are known only once they are made, such as compressed ones.
+
+    They are made a few at a time, on as many threads, into files that are gone at the end, and laid
+    out by `write_tensors` once their sizes are known: the same parts give the same bytes. Returns
+    the content hash of what was written.
+
+    Args:
+        num_bytes: By name, what has to be worked through; for the progress that is shown.
+        parts: Yields for a name (part, dtype, blocks): a flat tensor `<name>.<part>`. Its blocks
+            are written before the next part is asked for, so a part may follow from earlier ones.
+
+    Raises ArtefactError where the disk has not as much room again as the parts take.
+    """
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as workshop:
+
+        def place(tensor: str) -> Path:
+            return Path(workshop, blake3(tensor.encode()).hexdigest())
+
+        def make(name: str) -> None:
+            for part, dtype, made in parts(name):
+                tensor, size = f"{name}.{part}", 0
+                with place(tensor).open("wb") as stream:
+                    for block in made:
+                        assert block.dtype == DTYPES[dtype], f"{tensor}: a block of {block.dtype}"
+                        size += block.size
+                        stream.write(block.view(np.uint8).data)
+                layout[tensor] = dtype, (size,)
+
+        def blocks(tensor: str) -> Iterator[Array]:
+            with place(tensor).open("rb", buffering=0) as stream:
+                while data := stream.read(BLOCK_ELEMENTS * 8):
+                    yield np.frombuffer(data, DTYPES[layout[tensor][0]])
+            place(tensor).unlink()
+
+        each_tensor(f"writing {prefix}", num_bytes, make)
+        return write_tensors(folder, layout, blocks, prefix=prefix, max_shard_bytes=max_shard_bytes)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
