@@ -34,7 +34,7 @@ def narrow(numbers: Floats, buffer: Array) -> Array:
 def squared_norm(numbers: Floats, name: str, path: Path) -> float:
     """Return the sum of squares of a block; NonFiniteError where it holds NaN or infinity."""
     with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.einsum("i,i->", numbers, numbers))
+        total = float(np.dot(numbers, numbers))
     if math.isfinite(total):
         return total
     refuse_non_finite(numbers, name, path)

@@ -11,8 +11,8 @@ tokens are added. A padding row belongs to the padding row of the same id.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +106,10 @@ def name_tokens(folder: Path, tokens: Sequence[str], first: int, *, like: Path) 
             f"{like} has could be added, found none; save the instruct model's tokenizer with "
             "transformers, which writes one"
         )
-    tokenizer, added = _read(file), {}
+    tokenizer, added = json.loads(file.read_bytes()), {}
     if (like / "tokenizer.json").exists():
-        added = {t["content"]: t for t in _read(like / "tokenizer.json").get("added_tokens", [])}
+        known = json.loads((like / "tokenizer.json").read_bytes())
+        added = {token["content"]: token for token in known.get("added_tokens", [])}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     tokenizer["added_tokens"] = [
         *tokenizer.get("added_tokens", []),
@@ -120,26 +121,33 @@ def name_tokens(folder: Path, tokens: Sequence[str], first: int, *, like: Path) 
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def _read_ids(folder: Path) -> dict[str, int]:
+def _read_ids(folder: Path) -> Mapping[str, int]:
+    """Read a tokenizer's files; both sides of a family mostly have the same."""
     if (folder / "tokenizer.json").exists():
-        tokenizer = _read(folder / "tokenizer.json")
-        vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: (token, score) in the order of the ids
-            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    else:
-        vocabulary = _read(folder / "vocab.json")
-        added = {}
-        if (folder / "added_tokens.json").exists():
-            added = _read(folder / "added_tokens.json")
-        if (folder / "tokenizer_config.json").exists():
-            decoder = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-            added |= {token["content"]: int(i) for i, token in decoder.items()}
-    ids = {**vocabulary, **added}
+        return _whole((folder / "tokenizer.json").read_bytes())
+    others = (folder / "added_tokens.json", folder / "tokenizer_config.json")
+    texts = (file.read_bytes() if file.exists() else b"{}" for file in others)
+    return _split((folder / "vocab.json").read_bytes(), *texts)
+
+
+@lru_cache(maxsize=1)
+def _whole(text: bytes) -> Mapping[str, int]:
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: (token, score) in the order of the ids
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    return _checked({**vocabulary, **added})
+
+
+@lru_cache(maxsize=1)
+def _split(vocabulary: bytes, added: bytes, config: bytes) -> Mapping[str, int]:
+    decoder = json.loads(config).get("added_tokens_decoder", {})
+    named = {token["content"]: int(i) for i, token in decoder.items()}
+    return _checked({**json.loads(vocabulary), **json.loads(added), **named})
+
+
+def _checked(ids: dict[str, int]) -> Mapping[str, int]:
     if not ids or not all(isinstance(i, int) for i in ids.values()):
         raise ValueError("no tokens with ids")
     return ids
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_bytes()))
