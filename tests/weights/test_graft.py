@@ -19,6 +19,7 @@ from tests.weights.checkpoints import DTYPES, TOKENS, Tensors, nudged, random_te
 
 from fedgraft.errors import ArtefactError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
+from fedgraft.weights import graft as graft_module
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
@@ -387,3 +388,102 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         )
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] < peaks[0] + 15, f"megabytes at 4 and at 80 MB of weights: {peaks}"
+
+
+def test_one_pass_over_a_family_equals_extracting_and_grafting(
+    tmp_path: Path, residual: Path
+) -> None:
+    path = save(tmp_path / "target", TRAINED, record=child_of(tmp_path / "base"))
+    family = Family.open(tmp_path / "base", tmp_path / "instruct")
+    for scale in (0.0, 0.7, 1.0):
+        two = graft(path, residual, tmp_path / f"two {scale}", scale=scale)
+        one = graft(path, family, tmp_path / f"one {scale}", scale=scale)
+        assert same(numbers(one), numbers(two))
+
+
+def test_one_pass_refuses_another_base_after_reading_it(tmp_path: Path, residual: Path) -> None:
+    family = Family.open(save(tmp_path / "other", TRAINED), residual.parent / "instruct")
+    with pytest.raises(ResidualError, match="has no record of its ancestors"):
+        graft(tmp_path / "base", family, tmp_path / "graft")
+    assert not (tmp_path / "graft").exists()
+
+
+@pytest.fixture
+def second(tmp_path: Path, residual: Path) -> Path:
+    """Another residual of the same base."""
+    other = save(tmp_path / "instruct2", nudged(BASE, seed=3))
+    return extract(Family.open(residual.parent / "base", other), tmp_path / "residual2").path
+
+
+def test_several_residuals_are_added_each_with_its_scale(
+    tmp_path: Path, residual: Path, second: Path
+) -> None:
+    out = graft(tmp_path / "base", [residual, second], tmp_path / "graft", scale=[0.5, 2.0])
+    a, b = Residual.open(residual), Residual.open(second)
+    for name, found in numbers(out).items():
+        added = np.float32(0.5) * a.read(name) + np.float32(2.0) * b.read(name)
+        expected = (BASE[name].astype(np.float32) + added).astype(BASE[name].dtype)
+        assert found.tobytes() == expected.tobytes()
+    record = Record.read(out)
+    assert record
+    assert record.residuals == (a.content_hash, b.content_hash)
+    assert record.settings == {"scale": [0.5, 2.0]}
+    with pytest.raises(ResidualError, match=r"found a graft .*, of this very residual; a residual"):
+        graft(out, second, tmp_path / "again")
+
+
+def test_several_residuals_that_do_not_go_together_are_refused(
+    tmp_path: Path, residual: Path, second: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "graft"
+    foreign = Family.open(save(tmp_path / "trained", TRAINED), tmp_path / "instruct2")
+    other = extract(foreign, tmp_path / "foreign").path
+    with pytest.raises(
+        ResidualError, match=r"expected residuals of one base, found .* extract both"
+    ):
+        graft(base, [residual, other], out)
+    with pytest.raises(
+        ResidualError, match=f"expected different residuals, found {residual} twice"
+    ):
+        graft(base, [residual, residual], out)
+    with pytest.raises(ResidualError, match="one for each of 2 residuals, found 3"):
+        graft(base, [residual, second], out, scale=[1.0, 1.0, 1.0])
+    with pytest.raises(ResidualError, match="expected at least one residual, found none"):
+        graft(base, [], out)
+    tokens = (*TOKENS[:16], TOKENS[17], TOKENS[16])
+    reordered = Family.open(base, save(tmp_path / "reordered", nudged(BASE, seed=4), tokens=tokens))
+    with pytest.raises(ResidualError, match="the same tokens in the same order, found others"):
+        graft(base, [residual, reordered], out)
+
+
+def test_a_changed_residual_is_refused_whole(tmp_path: Path, residual: Path) -> None:
+    file = residual / "residual.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ResidualError, match=r"damaged or changed\. Extract it again"):
+        graft(tmp_path / "base", residual, tmp_path / "graft")
+    assert not (tmp_path / "graft").exists()
+
+
+def test_what_is_written_is_read_back_on_demand(
+    tmp_path: Path, residual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = graft(tmp_path / "base", residual, tmp_path / "graft", verify=True)
+    record = Record.read(out)
+    assert record
+    assert record.figures["content"] == Checkpoint.open(out).content_hash
+
+    written = graft_module.write_tensors
+
+    def faulty(folder: Path, *arguments: Any) -> str:
+        content = written(folder, *arguments)
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"!")
+        return content
+
+    monkeypatch.setattr(graft_module, "write_tensors", faulty)
+    with pytest.raises(ArtefactError, match="the disk or the memory is faulty"):
+        graft(tmp_path / "base", residual, tmp_path / "faulty", verify=True)
+    assert not (tmp_path / "faulty").exists()

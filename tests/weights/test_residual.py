@@ -23,7 +23,8 @@ from fedgraft.weights import residual as residual_module
 from fedgraft.weights.arithmetic import all_finite
 from fedgraft.weights.checkpoint import Array, Checkpoint, TensorFiles
 from fedgraft.weights.family import Family
-from fedgraft.weights.residual import Residual, extract
+from fedgraft.weights.graft import graft
+from fedgraft.weights.residual import CARRYING, Residual, extract, verify
 
 EMBEDDING = "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -302,3 +303,102 @@ def test_kill_9_leaves_no_residual_and_the_next_run_cleans_up(tmp_path: Path) ->
     assert {file: file.read_bytes() for file in before} == before
     extract(parents, tmp_path / "residual")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["base", "instruct", "residual"]
+
+
+ADVERSARIAL = {
+    "BF16": [0.0, -0.0, 1e-40, -1e-40, 1e-30, 1.0, -1.0, 1.0078125, 3e4, -6e37, 6e37, 1e-38],
+    "F16": [0.0, -0.0, 6e-8, -6e-8, 1e-5, 1.0, -1.0, 1.001, 3e4, -3e4, 65504.0, 6e-5],
+    "F32": [0.0, -0.0, 1e-45, -1e-45, 1e-30, 1.0, -1.0, 1.0000001, 3e4, -1e38, 1e38, 1.2e-38],
+}
+
+
+@given(data=st.data(), dtype=st.sampled_from(sorted(ADVERSARIAL)), form=st.sampled_from(CARRYING))
+def test_the_carrying_forms_give_the_instruct_model_back_whatever_its_numbers(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, dtype: str, form: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("adversarial")
+    numbers = st.lists(st.sampled_from(ADVERSARIAL[dtype]), min_size=8, max_size=8)
+    sides = []
+    for _ in range(2):
+        tensors = random_tensors(dtype=dtype)
+        for layer in (0, 1):
+            values = np.array(data.draw(numbers))
+            tensors[f"model.layers.{layer}.norm.weight"] = values.astype(DTYPES[dtype])
+        sides.append(tensors)
+    parents = family(folder, *sides)
+    residual = extract(parents, folder / "residual", form=form)
+    found = Checkpoint.open(graft(folder / "base", residual, folder / "graft"))
+    assert found.content_hash == residual.instruct_hash
+    assert verify(residual, parents).not_restored == {}
+    half = graft(folder / "base", residual, folder / "half", scale=0.5)
+    plain = graft(folder / "base", parents, folder / "plain", scale=0.5)
+    assert (
+        form == "auto" or Checkpoint.open(half).content_hash == Checkpoint.open(plain).content_hash
+    )
+
+
+def test_a_number_that_the_target_has_moved_is_no_exception(tmp_path: Path) -> None:
+    name = "model.layers.0.norm.weight"
+    base, instruct = random_tensors(), random_tensors()
+    base[name][:2], instruct[name][:2] = 1.0, 1e-9
+    residual = extract(family(tmp_path, base, instruct), tmp_path / "residual", form="auto")
+    assert residual.record.figures["not_restored"] == {name: 2}
+    target = base | {name: base[name].copy()}
+    target[name][0] = 2.0
+    record = Record.make("checkpoint", ancestors=(residual.base_hash,))
+    out = graft(save(tmp_path / "target", target, record=record), residual, tmp_path / "graft")
+    found = Checkpoint.open(out).read(name)
+    assert found[0] == 1.0  # 2 + (1e-9 - 1)
+    assert found[1].tobytes() == instruct[name][1].tobytes()
+
+
+def test_auto_takes_bfloat16_for_the_tensors_that_it_restores(tmp_path: Path) -> None:
+    base = random_tensors()
+    instruct = nudged(base)
+    name = "model.layers.0.norm.weight"
+    instruct[name] = base[name] * np.array(2, base[name].dtype)
+    residual = extract(family(tmp_path, base, instruct), tmp_path / "residual", form="auto")
+    dtypes = {n: info.dtype for n, info in residual.tensors.items()}
+    assert dtypes[name] == "BF16"
+    assert dtypes[EMBEDDING] == "F32"
+    assert all(x.tobytes() == instruct[n].tobytes() for n, x in restored(residual, base).items())
+
+
+def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    base = random_tensors()
+    with pytest.raises(ResidualError, match="among float32, bfloat16, auto, packed, found 'int3'"):
+        extract(family(tmp_path, base, base), tmp_path / "residual", form="int3")  # type: ignore[arg-type]
+
+
+def test_a_residual_of_an_older_layout_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    Record.make("residual", settings={"dtype": "float32"}).write(tmp_path / "old")
+    with pytest.raises(ResidualError, match="in another layout; extract it again"):
+        Residual.open(tmp_path / "old")
+
+
+def test_verification_compares_hashes_and_adds_up(tmp_path: Path) -> None:
+    base = random_tensors()
+    parents = family(tmp_path, base, nudged(base))
+    extract(parents, tmp_path / "exact")
+    found = verify(Residual.open(tmp_path / "exact"), parents)
+    assert found.sound
+    assert (found.num_elements, found.not_restored) == (528, {})
+    extract(parents, tmp_path / "rounded", form="bfloat16")
+    rounded = Residual.open(tmp_path / "rounded")
+    lossy = verify(rounded, parents)
+    assert lossy.sound
+    assert lossy.not_restored == rounded.record.figures["not_restored"]
+
+    file = tmp_path / "exact" / "residual.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 64
+    file.write_bytes(data)
+    damaged = verify(Residual.open(tmp_path / "exact"), parents)
+    assert not damaged.sound
+    assert sum(damaged.not_restored.values()) == 1
+    stranger = Family.open(save(tmp_path / "x", nudged(base, seed=5)), tmp_path / "instruct")
+    assert not verify(rounded, stranger).sound
+    small = save(tmp_path / "small", random_tensors(num_layers=1), num_hidden_layers=1)
+    with pytest.raises(ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"):
+        verify(rounded, Family.open(small, small))
