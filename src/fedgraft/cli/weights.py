@@ -8,6 +8,8 @@ import typer
 
 from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite, Target
 from fedgraft.cli.console import finish, say, show_table
+from fedgraft.cli.places import resolve
+from fedgraft.cli.scale import choose as choose_scale
 
 
 class Form(StrEnum):
@@ -65,13 +67,48 @@ def extract(
     )
 
 
+def number(text: str) -> float:
+    """A scale as people write it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or auto for --scale, found {text!r}") from None
+
+
 def graft(
     target: Target,
     residual: Annotated[
         Path, typer.Argument(metavar="RESIDUAL", help="A folder that `residual extract` wrote.")
     ],
     out: Out,
-    scale: Annotated[float, typer.Option(help="The factor on the residual.")] = 1.0,
+    scale: Annotated[
+        str,
+        typer.Option(
+            metavar="X|auto",
+            help="The factor on the residual; auto chooses it without labels (--base, --data).",
+        ),
+    ] = "1.0",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            parser=resolve, metavar="BASE", help="For auto: what RESIDUAL was taken from."
+        ),
+    ] = None,
+    instruct: Annotated[
+        str | None,
+        typer.Option(
+            parser=resolve,
+            metavar="INSTRUCT",
+            help="For auto: the instruct model; else BASE + RESIDUAL.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="For auto: held-out text of what TARGET has read; repeat for more."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="For auto: requests of your own, a line each.")
+    ] = None,
     any_parent: Annotated[
         bool,
         typer.Option(
@@ -85,13 +122,25 @@ def graft(
 
     The result is a complete model directory with the tokenizer, chat template and
     generation settings of the instruct side; transformers and vLLM load it as it is.
+
+    With --scale auto the instruct model answers a few dozen plain requests, and of
+    the scales at which TARGET keeps most of what it has read, the one is taken that
+    stays closest to those answers. No instruction data is needed.
     """
     from fedgraft.weights.graft import graft as add
+    from fedgraft.weights.residual import Residual
 
-    add(target, residual, out, scale=scale, any_parent=any_parent, overwrite=overwrite)
+    addend = Residual.open(residual)
+    if scale == "auto":
+        factor = choose_scale(
+            target, addend, base=base, instruct=instruct, data=data, prompts=prompts
+        )
+    else:
+        factor = number(scale)
+    add(target, addend, out, scale=factor, any_parent=any_parent, overwrite=overwrite)
     finish(
         "graft",
         out,
-        facts=[f"{target} + {scale:g} x {residual}"],
+        facts=[f"{target} + {factor:g} x {residual}"],
         steps=[f"fedgraft chat {out}", f"fedgraft evaluate {out} --data FILE"],
     )
