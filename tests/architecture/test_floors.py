@@ -32,7 +32,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "blake3": "weights/",
     "flwr": "federation/flower.py",
     "huggingface_hub": "weights/",
-    "jinja2": "report/page.py",
+    "jinja2": "report/template.py",
     "lm_eval": "evaluation/harness.py",
     "matplotlib": "report/figures.py",
     "peft": "training/adapter.py",

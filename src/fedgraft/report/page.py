@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
 from fedgraft.report import figures
 from fedgraft.report.figures import Series
+from fedgraft.report.template import fill
 from fedgraft.study.result import Result, Summary
 
 PAGE = "report.html"
@@ -85,16 +84,9 @@ def write_report(directory: Path) -> Path:
 
 def render(result: Result) -> str:
     """The page of a result."""
-    environment = Environment(
-        loader=PackageLoader("fedgraft.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (duration, count, power, score, spread, figure)
-    environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template("template.html").render(
+    return fill(
+        "template.html",
+        *(duration, count, power, score, spread, figure),
         result=result,
         labels=LABELS,
         colours=COLOURS,
