@@ -189,6 +189,15 @@ def test_numbers_that_changed_in_between_are_not_subtracted_from(place: Path) ->
         on.remove()
 
 
+def test_a_residual_whose_files_changed_in_between_is_told(place: Path, tmp_path: Path) -> None:
+    family = Family.open(place / "base", place / "instruct")
+    model, residual = opened(place / "base"), extract(family, tmp_path / "residual")
+    on = apply(Live(model, place / "base"), residual)
+    extract(Family.open(place / "base", place / "target"), residual.path, overwrite=True)
+    with pytest.raises(ResidualError, match=r"files changed in between.*Open the model again"):
+        on.remove()
+
+
 def test_nan_in_the_last_tensor_leaves_the_model_as_it_was(place: Path) -> None:
     model = opened(place / "base")
     with torch.no_grad():

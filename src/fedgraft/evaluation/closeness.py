@@ -7,6 +7,7 @@ The tokens are the instruct model's own greedy answers to a few dozen plain requ
 tokens included. `bits` are bits per byte on held-out text of what the base went on to read. So
 kept is 1 where the graft reads that text as much better than the instruct model does as the newer
 base reads it better than the base: what instruction tuning itself cost is not held against it.
+(Small scales keep more than that, for they take over less of the cost, and of the instructions.)
 
 Chosen is, of the scales that keep at least a stated share, the one with the smallest divergence.
 The residual is put on the newer base in memory; no checkpoint is written.

@@ -30,7 +30,6 @@ from fedgraft.weights.checkpoint import (
     is_tied,
 )
 from fedgraft.weights.family import anatomy_of, has_rows
-from fedgraft.weights.graft import _restore
 from fedgraft.weights.merging import PLAIN, combined
 from fedgraft.weights.residual import Difference, Residual
 from fedgraft.weights.rows import RowMap
@@ -116,7 +115,8 @@ class Applied:
     """A residual that is on a live model, until `remove` takes it off; made by `apply`."""
 
     def __init__(self, live: Live, residual: Residual | Difference, scale: float) -> None:
-        self.live, self.residual, self.scale = live, residual, scale
+        self.live = Live(live.model, live.path)  # sees, and hashes, the numbers as they are now
+        self.residual, self.scale = residual, scale
         self._rows = _match_rows(live, residual)
         self._kept: dict[str, list[Kept]] = {name: [] for name in live.tensors}
         try:
@@ -126,7 +126,7 @@ class Applied:
             self._each("taking off", self._subtract)
             raise
         _mark(live.model, (*_marks(live.model), residual.content_hash))
-        self._content_hash = Live(live.model, live.path).content_hash
+        self._content_hash = self._hash_now()
 
     @property
     def num_kept(self) -> int:
@@ -136,11 +136,11 @@ class Applied:
     def remove(self) -> None:
         """Give every number the bits that it had before; a second call does nothing.
 
-        Raises ResidualError where the numbers are not as they were left.
+        Raises ResidualError where the model's numbers, or the residual's, are not as they were.
         """
         if not self._kept:
             return
-        if Live(self.live.model, self.live.path).content_hash != self._content_hash:
+        if self._hash_now() != self._content_hash:
             raise ResidualError(
                 "expected the model's numbers as they were when the residual was put on, found "
                 "others: it was trained or converted, or another residual was put on top. Take "
@@ -150,6 +150,15 @@ class Applied:
         self._kept = {}
         ours = self.residual.content_hash
         _mark(self.live.model, tuple(mark for mark in _marks(self.live.model) if mark != ours))
+        if self._hash_now() != self.live.content_hash:
+            raise ResidualError(
+                f"{self.residual.path}: expected the residual that was put on, found another; the "
+                "files changed in between, and what they took off is not what was added. Open the "
+                "model again"
+            )
+
+    def _hash_now(self) -> str:
+        return Live(self.live.model, self.live.path).content_hash
 
     def _each(self, label: str, work: Callable[[str], None]) -> None:
         sizes = {name: info.num_bytes for name, info in self.live.tensors.items()}
@@ -172,7 +181,7 @@ class Applied:
             with np.errstate(over="ignore", invalid="ignore"):
                 new = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
                 if exceptions:
-                    _restore(new, old, exceptions, first)
+                    exceptions.restore(new, old, first)
                 again = narrow(np.subtract(widen(new, total), added, out=total[: old.size]), back)
             if not all_finite(new):
                 refuse_non_finite(old, name, self.live.path)
