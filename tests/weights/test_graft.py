@@ -20,6 +20,7 @@ from tests.weights.checkpoints import DTYPES, TOKENS, Tensors, nudged, random_te
 from fedgraft.errors import ArtefactError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
 from fedgraft.weights import graft as graft_module
+from fedgraft.weights import writer
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
@@ -474,7 +475,7 @@ def test_what_is_written_is_read_back_on_demand(
     assert record
     assert record.figures["content"] == Checkpoint.open(out).content_hash
 
-    written = graft_module.write_tensors
+    written = writer.write_tensors
 
     def faulty(folder: Path, *arguments: Any) -> str:
         content = written(folder, *arguments)

@@ -400,5 +400,7 @@ def test_verification_compares_hashes_and_adds_up(tmp_path: Path) -> None:
     stranger = Family.open(save(tmp_path / "x", nudged(base, seed=5)), tmp_path / "instruct")
     assert not verify(rounded, stranger).sound
     small = save(tmp_path / "small", random_tensors(num_layers=1), num_hidden_layers=1)
-    with pytest.raises(ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"):
+    with pytest.raises(
+        ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"
+    ):
         verify(rounded, Family.open(small, small))

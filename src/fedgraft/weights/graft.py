@@ -32,7 +32,7 @@ from fedgraft.weights.checkpoint import (
 )
 from fedgraft.weights.family import Family, anatomy_of, has_rows
 from fedgraft.weights.merging import PLAIN, Factors, Method, combined
-from fedgraft.weights.residual import Difference, Exceptions, Residual
+from fedgraft.weights.residual import Difference, Residual
 from fedgraft.weights.rows import RowMap
 from fedgraft.weights.vocabulary import name_tokens
 from fedgraft.weights.writer import Layout, copy_companions, write_tensors
@@ -131,7 +131,7 @@ def graft(
             with np.errstate(over="ignore", invalid="ignore"):
                 grafted = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
             if exceptions:
-                _restore(grafted, old, exceptions, first)
+                exceptions.restore(grafted, old, first)
             if not all_finite(grafted):
                 for source in (checkpoint, *(s for addend in addends for s in addend.sources)):
                     for block in source.blocks(name):
@@ -255,17 +255,6 @@ def _check_lineage(
         f"found {target.content_hash[:19]}, which {known}. Take a checkpoint that `fedgraft "
         "pretrain` made from that base; or, if you know that this one was, add --any-parent"
     )
-
-
-def _restore(grafted: Array, old: Array, exceptions: Exceptions, first: int) -> None:
-    """Put the instruct side's numbers where the target still has the base's."""
-    low, high = np.searchsorted(exceptions.index, [first, first + old.size])
-    before, after = exceptions.base[low:high], exceptions.instruct[low:high]
-    if before.dtype != old.dtype:
-        return
-    at, bits = exceptions.index[low:high] - first, f"u{old.itemsize}"
-    same = old[at].view(bits) == before.view(bits)
-    grafted[at[same]] = after[same].astype(grafted.dtype)
 
 
 def _read_back(folder: Path, content: str) -> None:

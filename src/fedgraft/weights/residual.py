@@ -11,6 +11,7 @@ carried whole.
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +28,7 @@ from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
     DTYPES,
     Array,
+    Fill,
     TensorFiles,
     TensorInfo,
     each_tensor,
@@ -34,7 +36,8 @@ from fedgraft.weights.checkpoint import (
     read_tensors,
 )
 from fedgraft.weights.family import Anatomy, Family, has_rows
-from fedgraft.weights.writer import Layout, copy_companions, write_tensors
+from fedgraft.weights.forms import Parts, logical, opened, packed_parts
+from fedgraft.weights.writer import Layout, copy_companions, write_growing, write_tensors
 
 PREFIX, EXCEPTIONS = "residual", "exceptions"
 INSTRUCT = "instruct"
@@ -48,6 +51,8 @@ auto                 bfloat16 for a tensor that it restores, else float32; excep
 packed               float32 in compressed byte planes; exceptions carried
 """
 CARRYING = ("auto", "packed")
+PLAIN_FORMS = ("float32", "bfloat16", "auto")
+"""Stored as the tensors themselves; other forms are stored as parts, see forms.py."""
 Rows = NDArray[np.int64]
 
 
@@ -63,14 +68,27 @@ class Exceptions:
     base: Array
     instruct: Array
 
+    def restore(self, grafted: Array, old: Array, first: int) -> None:
+        """Correct a block of a graft, of which `old` is the target's, from index `first` on."""
+        low, high = np.searchsorted(self.index, [first, first + old.size])
+        before, after = self.base[low:high], self.instruct[low:high]
+        if before.dtype != old.dtype:
+            return
+        at, bits = self.index[low:high] - first, f"u{old.itemsize}"
+        same = old[at].view(bits) == before.view(bits)
+        grafted[at[same]] = after[same].astype(grafted.dtype)
+
 
 class Residual(TensorFiles):
     """A residual on disk; `tensors` and `blocks` are its numbers, in whatever form they lie."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], record: Record) -> None:
-        super().__init__(path, tensors)
+    def __init__(self, path: Path, stored: Mapping[str, TensorInfo], record: Record) -> None:
         self.record = record
         self.companions = path / INSTRUCT
+        self._parts = None if self.form in PLAIN_FORMS else TensorFiles(path, stored)
+        super().__init__(path, stored if self._parts is None else logical(self._parts))
+        if self._parts:
+            self._digests = dict.fromkeys(self.tensors, b"")  # the parts are hashed, see below
 
     @classmethod
     def open(cls, source: "str | Path | Residual") -> "Residual":
@@ -98,6 +116,23 @@ class Residual(TensorFiles):
     @property
     def form(self) -> str:
         return str(self.record.settings["form"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the numbers as they are stored."""
+        return sum(info.num_bytes for info in (self._parts or self).tensors.values())
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of what is stored."""
+        return self._parts.content_hash if self._parts else super().content_hash
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Fill]:
+        shape = self.tensors[name].shape
+        source = opened(self._parts, name, shape) if self._parts else super()._opened(name)
+        with source as fill:
+            yield fill
 
     @property
     def base_hash(self) -> str:
@@ -266,11 +301,18 @@ def extract(
             first += block.size
             yield block
 
+    def packed(name: str) -> Parts:
+        return packed_parts(difference.tensors[name].shape, stored(name, "F32"))
+
+    num_bytes = {name: info.num_bytes for name, info in difference.tensors.items()}
     with new_artefact(out, overwrite=overwrite) as folder:
-        layout = _layout(difference, form)
-        content = write_tensors(
-            folder, layout, lambda name: stored(name, layout[name][0]), prefix=PREFIX
-        )
+        if form == "packed":
+            content = write_growing(folder, num_bytes, packed, prefix=PREFIX)
+        else:
+            layout = _layout(difference, form)
+            content = write_tensors(
+                folder, layout, lambda name: stored(name, layout[name][0]), prefix=PREFIX
+            )
         _write_exceptions(folder, carried)
         (folder / INSTRUCT).mkdir()
         copy_companions(instruct.path, folder / INSTRUCT)
