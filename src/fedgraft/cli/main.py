@@ -55,7 +55,7 @@ app = typer.Typer(
 )
 family = typer.Typer(no_args_is_help=True, help="check: prove that two checkpoints are one family.")
 residual = typer.Typer(
-    no_args_is_help=True, help="extract: subtract a base from its instruct model."
+    no_args_is_help=True, help="extract, verify, compress, inspect: what instruct - base is."
 )
 study = typer.Typer(
     no_args_is_help=True, help="run: answer a question with arms, seeds and a report."
@@ -124,6 +124,15 @@ family.command(epilog=example("fedgraft family check Qwen/Qwen2-0.5B Qwen/Qwen2-
 residual.command(
     epilog=example("fedgraft residual extract pocket:base pocket:instruct --out runs/residual")
 )(weights.extract)
+residual.command(
+    epilog=example("fedgraft residual verify runs/residual pocket:base pocket:instruct")
+)(weights.verify)
+residual.command(
+    epilog=example(
+        "fedgraft residual inspect runs/residual pocket:base --newer-base runs/newer-base "
+        "--out runs/inspection"
+    )
+)(weights.inspect)
 study.command(epilog=example("fedgraft study run studies/pocket.yaml --out runs/pocket"))(
     studies.run
 )

@@ -1,4 +1,4 @@
-"""`family check`, `residual extract`, `graft`: verbs on weights, without torch."""
+"""`family check`, `residual extract`, `residual inspect`, `graft`: verbs on weights, without torch."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +10,10 @@ from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite, Target
 from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import resolve
 from fedgraft.cli.scale import choose as choose_scale
+
+StoredResidual = Annotated[
+    Path, typer.Argument(metavar="RESIDUAL", help="A folder that `residual extract` wrote.")
+]
 
 
 class Form(StrEnum):
@@ -67,7 +71,37 @@ def extract(
     )
 
 
-def number(text: str) -> float:
+def verify(residual: StoredResidual, base: Base, instruct: Instruct) -> None:
+    """Read a residual and both its parents again, and compare.
+
+    Shown are the content hashes that were recorded beside those of today, and how
+    many numbers base + residual gives back bit for bit. Ends with 1 where a hash
+    is another one.
+    """
+    from fedgraft.weights.family import Family
+    from fedgraft.weights.residual import Residual
+    from fedgraft.weights.residual import verify as verify_residual
+
+    found = verify_residual(Residual.open(residual), Family.open(base, instruct))
+    hashes = {**found.parents, "residual": found.content}
+    show_table(
+        ("content", "recorded", "found", ""),
+        [
+            (name, was[:19], now[:19], "the same" if was == now else "ANOTHER")
+            for name, (was, now) in hashes.items()
+        ],
+    )
+    lost = sum(found.not_restored.values())
+    say("", f"base + residual restores {found.num_elements - lost:,} of {found.num_elements:,}")
+    for name, num_lost in found.not_restored.items():
+        say("", f"{num_lost:,} not restored in {name}")
+    if not found.sound:
+        say("verdict", "not what was recorded; extract it again from its parents", fg="red")
+        raise typer.Exit(1)
+    say("verdict", "sound", bold=True)
+
+
+def factor(text: str) -> float:
     """A scale as people write it."""
     try:
         return float(text)
@@ -77,30 +111,30 @@ def number(text: str) -> float:
 
 def graft(
     target: Target,
-    residual: Annotated[
-        Path, typer.Argument(metavar="RESIDUAL", help="A folder that `residual extract` wrote.")
-    ],
     out: Out,
+    residuals: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RESIDUAL]...",
+            help="What `residual extract` wrote; several are added up. None with --base and "
+            "--instruct: subtracted while they are read.",
+        ),
+    ] = None,
     scale: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             metavar="X|auto",
-            help="The factor on the residual; auto chooses it without labels (--base, --data).",
+            help="The factor on a residual [1.0]; repeat for several. auto chooses it without "
+            "labels (needs --base and --data).",
         ),
-    ] = "1.0",
+    ] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            parser=resolve, metavar="BASE", help="For auto: what RESIDUAL was taken from."
-        ),
+        typer.Option(parser=resolve, metavar="BASE", help="What the residual was taken from."),
     ] = None,
     instruct: Annotated[
         str | None,
-        typer.Option(
-            parser=resolve,
-            metavar="INSTRUCT",
-            help="For auto: the instruct model; else BASE + RESIDUAL.",
-        ),
+        typer.Option(parser=resolve, metavar="INSTRUCT", help="The model tuned from BASE."),
     ] = None,
     data: Annotated[
         list[Path] | None,
@@ -116,6 +150,9 @@ def graft(
             help="Graft onto a checkpoint that is not known to descend from the base.",
         ),
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result back from the disk and compare.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Add a residual to a newer base: target + scale * residual.
@@ -127,20 +164,42 @@ def graft(
     the scales at which TARGET keeps most of what it has read, the one is taken that
     stays closest to those answers. No instruction data is needed.
     """
+    from fedgraft.weights.family import Family
     from fedgraft.weights.graft import graft as add
-    from fedgraft.weights.residual import Residual
+    from fedgraft.weights.residual import Difference, Residual
 
-    addend = Residual.open(residual)
-    if scale == "auto":
-        factor = choose_scale(
-            target, addend, base=base, instruct=instruct, data=data, prompts=prompts
-        )
+    addends: list[Residual | Difference] = [Residual.open(path) for path in residuals or []]
+    if not addends:
+        if base is None or instruct is None:
+            raise typer.BadParameter("expected RESIDUAL, or both --base and --instruct")
+        addends = [Difference(Family.open(base, instruct))]
+    texts = scale or ["1.0"]
+    if texts == ["auto"]:
+        if len(addends) > 1:
+            raise typer.BadParameter("expected one RESIDUAL for --scale auto")
+        scales = [
+            choose_scale(
+                target, addends[0], base=base, instruct=instruct, data=data, prompts=prompts
+            )
+        ]
     else:
-        factor = number(scale)
-    add(target, addend, out, scale=factor, any_parent=any_parent, overwrite=overwrite)
+        scales = [factor(text) for text in texts]
+    if len(scales) == 1:
+        scales *= len(addends)
+    add(
+        target,
+        addends,
+        out,
+        scale=scales[0] if len(scales) == 1 else scales,
+        any_parent=any_parent,
+        verify=verify,
+        overwrite=overwrite,
+    )
+    names = [str(path) for path in residuals or []] or [f"({instruct} - {base})"]
+    sums = " + ".join(f"{s:g} x {name}" for s, name in zip(scales, names, strict=True))
     finish(
         "graft",
         out,
-        facts=[f"{target} + {factor:g} x {residual}"],
+        facts=[f"{target} + {sums}", *(["read back as it was written"] if verify else [])],
         steps=[f"fedgraft chat {out}", f"fedgraft evaluate {out} --data FILE"],
     )

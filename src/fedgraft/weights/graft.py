@@ -37,7 +37,7 @@ from fedgraft.weights.rows import RowMap
 from fedgraft.weights.vocabulary import name_tokens
 from fedgraft.weights.writer import Layout, copy_companions, write_tensors
 
-Source = str | Path | Residual | Family
+Source = str | Path | Residual | Difference | Family
 """Where a residual comes from: its directory, or a family to subtract while it is read."""
 
 
@@ -185,7 +185,13 @@ def _open(residuals: Source | Sequence[Source]) -> list[Residual | Difference]:
     )
     if not given:
         raise ResidualError("expected at least one residual, found none; name one to graft")
-    return [Difference(r) if isinstance(r, Family) else Residual.open(r) for r in given]
+    return [_opened(one) for one in given]
+
+
+def _opened(source: Source) -> Residual | Difference:
+    if isinstance(source, Difference):
+        return source
+    return Difference(source) if isinstance(source, Family) else Residual.open(source)
 
 
 def _check_scales(scales: Sequence[float], addends: Sequence[object]) -> None:
