@@ -21,6 +21,8 @@ VERBS = (
     ["quickstart"],
     ["family", "check"],
     ["residual", "extract"],
+    ["residual", "inspect"],
+    ["residual", "compress"],
     ["graft"],
     ["pretrain"],
     ["adapt"],

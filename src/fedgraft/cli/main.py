@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedgraft.cli import evaluation, studies, training, weights
+from fedgraft.cli import compression, evaluation, studies, training, weights
 from fedgraft.errors import FedgraftError
 
 ORDER = (
@@ -133,6 +133,9 @@ residual.command(
         "--out runs/inspection"
     )
 )(weights.inspect)
+residual.command(
+    epilog=example("fedgraft residual compress runs/residual --form packed --out runs/small")
+)(compression.compress)
 study.command(epilog=example("fedgraft study run studies/pocket.yaml --out runs/pocket"))(
     studies.run
 )

@@ -80,10 +80,10 @@ def open_adapted(model: str | Path, adapter: Path) -> "PreTrainedModel":
             f"{adapter}: expected an adapter made by fedgraft (with fedgraft.json), found none; "
             "name the directory that `fedgraft adapt` wrote"
         )
-    source = Checkpoint.open(model)
-    if source.content_hash != record.inputs["model"]:
+    source, trained_on = Checkpoint.open(model), record.inputs.get("model")
+    if trained_on and source.content_hash != trained_on:  # a residual's is for any newer base
         raise ResidualError(
-            f"{adapter}: was trained on the model {record.inputs['model'][:19]}..., found "
+            f"{adapter}: was trained on the model {trained_on[:19]}..., found "
             f"{model} with {source.content_hash[:19]}...; attach it to the model it was trained on"
         )
     return PeftModel.from_pretrained(open_model(source.path), adapter).eval()
