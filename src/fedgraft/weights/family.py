@@ -1,9 +1,10 @@
 """Proof that two checkpoints can be subtracted: one architecture, vocabulary and set of tensors."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,14 @@ ROW_TENSORS = (
     "embed_out.weight",
 )
 """Ends of the names of tensors with a row for each token; only they may have padding rows."""
+
+Kind = Literal["embedding", "output", "attention", "mlp", "norm", "other"]
+"""Kinds of modules; a tied output layer is the embedding."""
+MODULES: Mapping[Kind, tuple[str, ...]] = {
+    "attention": ("self_attn", "attn", "attention"),
+    "mlp": ("mlp", "block_sparse_moe", "feed_forward"),
+}
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 ARITHMETIC_DTYPES = ("F32", "F16", "BF16")
 """Dtypes that float32 holds exactly; a quantised tensor cannot be subtracted."""
@@ -164,6 +173,25 @@ def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
 def has_rows(name: str) -> bool:
     """Whether the tensor has a row for each token."""
     return name.endswith(ROW_TENSORS)
+
+
+def kind_of(name: str) -> Kind:
+    """What kind of module a tensor belongs to, by its name in Llama, Qwen, Mistral and Gemma."""
+    if has_rows(name):
+        return "output" if name.startswith(("lm_head", "embed_out")) else "embedding"
+    *path, _ = name.split(".")
+    if path and "norm" in path[-1]:
+        return "norm"
+    for kind, modules in MODULES.items():
+        if any(module in modules for module in path):
+            return kind
+    return "other"
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor stands in; None outside the layers."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def _tied(tied: bool) -> str:

@@ -1,13 +1,45 @@
-"""How residuals are combined before they are added: a method, and a factor for each tensor."""
+"""What is added to a target when residuals are combined: a method, a scale each, a factor a tensor.
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+    plain          sum of scale * r
+    ties           TIES (arXiv 2306.01708): keep the largest `density` of each tensor of each
+                   residual, elect a sign for each number, average those that agree with it
+    dare           DARE (arXiv 2311.03099): drop numbers at random, keep each with probability
+                   `density`, divide by that; sum
+    dare_ties      drop as DARE does, elect as TIES does, sum those that agree
+    breadcrumbs    Model Breadcrumbs (arXiv 2312.06795): leave out the largest `gamma` of each
+                   tensor, of the rest keep the largest, `density` of all; sum
+
+Arithmetic is in float32, where mergekit's is in the checkpoint's dtype unless told otherwise. For
+equal inputs in float32 and a weight of 1 for each model, results are mergekit 0.1.5's (`ties` with
+its default `normalize: true`, `dare_ties` and `breadcrumbs` with `normalize: false`, `lambda` as
+our scale), with three differences:
+
+- Of equal magnitudes at the cut we keep the first; mergekit keeps whichever its sort leaves.
+- Our scales count towards the elected sign and the sum. Where they differ, mergekit's `normalize`
+  divides by the sum of the agreeing weights; we divide by the number of agreeing residuals, so
+  that a scale is never divided out again.
+- DARE divides by the density, as its paper does; mergekit matches the L1 norm instead. The random
+  numbers are ours: from the seed, the residual's place and the tensor's name, whatever the order
+  in which tensors are read. A probability is a multiple of 2^-16.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
-from fedgraft.weights.arithmetic import Floats
+from fedgraft.errors import ResidualError
+from fedgraft.provenance import derive_seed
+from fedgraft.weights.arithmetic import Floats, widen
 from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, Array, TensorInfo
+from fedgraft.weights.family import Kind, kind_of, layer_of
+from fedgraft.weights.threshold import above, magnitudes, thresholds
+
+Name = Literal["plain", "ties", "dare", "dare_ties", "breadcrumbs"]
+DRAWS = 1 << 16
+"""Values of a random number; a chance is one of them."""
 
 
 class Addend(Protocol):
@@ -20,21 +52,68 @@ class Addend(Protocol):
 
 
 class Method(BaseModel):
-    """How residuals are combined."""
+    """How residuals are combined; see the head of this file.
+
+    Raises ResidualError for a density that is not above 0 and at most 1, a gamma that is not in 0
+    to 1, and the two together above 1.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["plain"] = "plain"
+    name: Name = "plain"
+    density: float = 1.0
+    """Share of each tensor's numbers that is kept."""
+    gamma: float = 0.01
+    """Share of each tensor's numbers, the largest, that Breadcrumbs leaves out."""
+    seed: int = 0
+    """Of what DARE drops."""
+
+    def model_post_init(self, _: object) -> None:
+        if not 0 < self.density <= 1:
+            raise ResidualError(
+                f"expected a density above 0 and at most 1, found {self.density}; it is the share "
+                "of each tensor that is kept, such as 0.5"
+            )
+        if not 0 <= self.gamma < 1:
+            raise ResidualError(
+                f"expected a gamma of at least 0 and below 1, found {self.gamma}; it is the share "
+                "of each tensor, the largest numbers, that is left out, such as 0.01"
+            )
+        if self.name == "breadcrumbs" and self.density + self.gamma > 1:
+            raise ResidualError(
+                f"expected density + gamma of at most 1, found {self.density} + {self.gamma}; what "
+                f"is left out cannot be kept. Take a density of at most {1 - self.gamma:g}"
+            )
+
+
+class LayerFactor(BaseModel):
+    """A factor on the tensors of the layers `first` to `last`, both included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: Annotated[int, Field(ge=0)]
+    last: Annotated[int, Field(ge=0)]
+    factor: float
 
 
 class Factors(BaseModel):
-    """Factors on the scale, by tensor."""
+    """Further factors on the scale of a tensor; all that apply are multiplied.
+
+    A factor of 0 leaves tensors as they are in the target: `{"embedding": 0, "norm": 0}`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kinds: Mapping[Kind, float] = {}
+    layers: tuple[LayerFactor, ...] = ()
+
     def of(self, name: str) -> float:
         """The factor of a tensor."""
-        return 1.0
+        factor, layer = self.kinds.get(kind_of(name), 1.0), layer_of(name)
+        for span in self.layers:
+            if layer is not None and span.first <= layer <= span.last:
+                factor *= span.factor
+        return factor
 
 
 PLAIN = Method()
@@ -45,14 +124,89 @@ def combined(
 ) -> Iterator[Floats]:
     """Yield what is to be added to the target's tensor, flat, in blocks of BLOCK_ELEMENTS.
 
-    A block is valid until the next one is asked for.
+    A block is valid until the next one is asked for, and is the caller's to change.
     """
-    first, *others = (addend.blocks(name) for addend in addends)
-    factor, *factors = (np.float32(scale) for scale in scales)
-    total = np.empty(min(BLOCK_ELEMENTS, addends[0].tensors[name].num_elements), np.float32)
-    product = np.empty_like(total) if others else total
-    for block in first:
-        summed = np.multiply(block, factor, out=total[: block.size], dtype=np.float32)
-        for scale, other in zip(factors, others, strict=True):
-            summed += np.multiply(next(other), scale, out=product[: block.size], dtype=np.float32)
-        yield summed
+    kept = [
+        _scaled(_kept(name, n, addend, method), addend.tensors[name].num_elements, scale)
+        for n, (addend, scale) in enumerate(zip(addends, scales, strict=True))
+    ]
+    for first, *others in zip(*kept, strict=True):
+        if method.name in ("ties", "dare_ties"):
+            yield _agreed([first, *others], mean=method.name == "ties")
+        else:
+            for other in others:
+                first += other
+            yield first
+
+
+def _scaled(blocks: Iterable[Array], size: int, scale: float) -> Iterator[Floats]:
+    buffer, factor = np.empty(min(BLOCK_ELEMENTS, size), np.float32), np.float32(scale)
+    for block in blocks:
+        if factor != 1:
+            yield np.multiply(block, factor, out=buffer[: block.size], dtype=np.float32)
+        else:
+            yield block if block.dtype == np.float32 else widen(block, buffer)
+
+
+def _kept(name: str, place: int, addend: Addend, method: Method) -> Iterator[Array]:
+    """Yield a residual's tensor with zeros for what the method leaves out."""
+    size = addend.tensors[name].num_elements
+    num_kept = max(1, int(method.density * size))
+    match method.name:
+        case "plain":
+            return addend.blocks(name)
+        case "dare" | "dare_ties":
+            return _dropped(addend.blocks(name), method.density, method.seed, name, place)
+        case "ties":
+            return _ranked(lambda: addend.blocks(name), 0, num_kept)
+        case "breadcrumbs":
+            num_largest = int(method.gamma * size)
+            num_kept = min(num_kept, size - num_largest)
+            return _ranked(lambda: addend.blocks(name), num_largest, num_largest + num_kept)
+
+
+def _ranked(blocks: Callable[[], Iterable[Array]], first: int, last: int) -> Iterator[Array]:
+    """Keep the numbers that are, by magnitude from the largest, in places first to last - 1."""
+    outer, inner = (above(threshold) for threshold in thresholds(blocks, (first, last)))
+    for block in blocks():
+        bits = magnitudes(block)
+        mask = inner(bits)
+        if first:
+            mask &= ~outer(bits)
+        yield _masked(block, mask)
+
+
+def _dropped(
+    blocks: Iterable[Array], density: float, seed: int, name: str, place: int
+) -> Iterator[Array]:
+    """Keep each number with the chance `density`, and divide it by that."""
+    chance = max(1, round(density * DRAWS))
+    source = np.random.SFC64(derive_seed(seed, "dare", place, name))
+    for block in blocks:
+        draws = source.random_raw(-(-block.size // 4)).view(np.uint16)[: block.size]
+        yield _masked(block, draws < chance) * np.float32(DRAWS / chance)
+
+
+def _masked(block: Array, mask: NDArray[np.bool_]) -> Floats:
+    wide: Floats = block.astype(np.float32, copy=False)
+    kept: Floats = np.multiply(wide.view(np.uint32), mask).view(np.float32)
+    return kept
+
+
+def _agreed(blocks: Sequence[Floats], *, mean: bool) -> Floats:
+    """Sum the numbers whose sign is that of the sum of all, or average them (TIES, section 3).
+
+    Where the sum is zero, as in mergekit, the positive ones count.
+    """
+    total: Floats = np.sum(blocks, axis=0)
+    positive = total >= 0
+    total[:] = 0
+    votes = np.zeros(total.size, np.float32)
+    for block in blocks:
+        agrees = (block > 0) == positive
+        agrees &= block != 0
+        total += _masked(block, agrees)
+        votes += agrees
+    if mean:
+        np.divide(total, votes, out=total, where=votes > 1)
+    return total
