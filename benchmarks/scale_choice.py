@@ -39,7 +39,7 @@ def main() -> None:
         "| seed | scale | KL, nats a token | bits per byte | kept | followed | right and followed |"
     )
     print("|---|---|---|---|---|---|---|")
-    gaps = []
+    gaps, said = [], []
     for seed in study.seeds:
         newer = newer_base(study, material, seed, out / f"seed-{seed}")
         choice = choose_scale(
@@ -61,13 +61,12 @@ def main() -> None:
             )
         best = max(followed, key=lambda scale: followed[scale])
         gaps.append(followed[best][0] - followed[choice.scale][0])
-        print(f"\nseed {seed}: {choice.why}.")
-        print(
-            f"Labels would choose {best:g} with {followed[best][0]:.1%} followed, "
-            f"{100 * gaps[-1]:.1f} points more than at {choice.scale:g}.\n",
-            flush=True,
+        said.append(
+            f"Seed {seed}: {choice.why}. Labels would choose {best:g} with {followed[best][0]:.1%} "
+            f"followed, {100 * gaps[-1]:.1f} points more than at {choice.scale:g}."
         )
-    print(f"largest gap: {100 * max(gaps):.1f} points of prompts followed")
+    print("", *said, sep="\n")
+    print(f"Largest gap: {100 * max(gaps):.1f} points of prompts followed")
 
 
 def newer_base(study: Study, material: Material, seed: int, folder: Path) -> Path:

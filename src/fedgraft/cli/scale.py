@@ -41,7 +41,7 @@ def choose(
         prompts=load_prompts(prompts or PROMPTS),
     )
     show_table(
-        ("scale", "KL from instruct, nats a token", "bits per byte", "kept of what was read"),
+        ("scale", "KL, nats a token", "bits per byte", "kept"),
         (
             (
                 f"{trial.scale:g}{' <' if trial == choice.chosen else ''}",
