@@ -143,6 +143,16 @@ def test_a_large_layer_is_merged_group_of_rows_by_group(tmp_path: Path) -> None:
     assert Adapted(base, adapter).content_hash == Adapted(base, adapter).content_hash
 
 
+def test_a_weight_that_lies_beside_the_factors_stands_in_the_place_of_the_base(
+    tmp_path: Path,
+) -> None:
+    low, high, weight = np.ones((3, 4), "f4"), np.ones((2, 3), "f4"), np.full((2, 4), 5, "f4")
+    base, adapter = _by_hand(tmp_path, np.zeros_like(weight), low, high)
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{Q}.base_layer.weight": weight}, file)
+    assert np.array_equal(Adapted(base, adapter).read(f"{Q}.weight"), weight + 2.0 * high @ low)
+
+
 def test_an_adapter_that_was_not_trained_changes_nothing(base: Path, tmp_path: Path) -> None:
     model = get_peft_model(open_model(base), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path / "adapter")
