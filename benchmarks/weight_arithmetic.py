@@ -116,6 +116,8 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class Run:
     seconds: float
+    busy: float
+    """Seconds of processors."""
     resident: float
     """Megabytes at the peak, of code and mapped files too."""
     anonymous: float
@@ -278,15 +280,16 @@ def compare(comparison: Comparison, rounds: int, out: Path) -> str:
     rows = [
         f"### {comparison.title}",
         "",
-        "| | seconds, median (lowest to highest) | of the floor | of fedgraft "
+        "| | seconds, median (lowest to highest) | of the floor | of fedgraft | processor seconds "
         "| peak MB resident (anonymous) | MB written |",
-        "|---|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, found in runs.items():
         seconds = [run.seconds for run in found]
         rows.append(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to "
             f"{max(seconds):.2f}) | {_ratio(found, bottom):.1f}x | {_ratio(found, ours):.1f}x "
+            f"| {statistics.median(run.busy for run in found):.1f} "
             f"| {max(run.resident for run in found):.0f} "
             f"({max(run.anonymous for run in found):.0f}) | {found[0].written:,.0f} |"
         )
@@ -302,7 +305,9 @@ def peaks(material: Material) -> dict[str, Run]:
         "graft, packed residual": _graft(base, material.residual("packed")),
         "graft in one pass": [*_graft(base), "--base", base, "--instruct", instruct],
     }
-    return {name: measure(command, material.out) for name, command in ways.items()}
+    found = {name: measure(command, material.out) for name, command in ways.items()}
+    shutil.rmtree(material.work)
+    return found
 
 
 def compare_peaks(runs: dict[str, dict[str, Run]]) -> str:
@@ -345,7 +350,8 @@ def measure(command: Sequence[str | Path], out: Path) -> Run:
         )
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     shutil.rmtree(out, ignore_errors=True)
-    return Run(seconds, usage.ru_maxrss * 1.024e-3, anonymous, written)
+    busy = usage.ru_utime + usage.ru_stime
+    return Run(seconds, busy, usage.ru_maxrss * 1.024e-3, anonymous, written)
 
 
 def _anonymous(process: int) -> float:
@@ -439,8 +445,10 @@ def _python(tool: str) -> Path:
 
 
 def _material(shape: str, names: Sequence[str], runs: Path) -> Material:
+    """Return the checkpoints of a shape, made if need be, and an empty directory for the rest."""
     folder, work = runs / "synthetic" / shape, runs / "benchmark" / shape
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     lacking = [name for name in names if not (folder / name).exists()]
     if lacking:
         make: list[str | Path] = [sys.executable, HERE / "synthetic.py", shape, folder, *lacking]
@@ -468,6 +476,7 @@ def main() -> None:
     for name in given.only:
         print(f"{name} ...", file=sys.stderr)
         print(compare(COMPARISONS[name](material), given.rounds, material.out), flush=True)
+    shutil.rmtree(material.work)
 
 
 if __name__ == "__main__":
