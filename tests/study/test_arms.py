@@ -18,6 +18,7 @@ from tests.study.small import DEPARTMENTS, page, write_lines, write_material, wr
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.provenance import RECORD, Record
+from fedgraft.report.page import render
 from fedgraft.study.arms import Material, run
 from fedgraft.study.result import ARMS, Result
 from fedgraft.study.stage import code_hash
@@ -308,3 +309,30 @@ def test_killed_and_resumed_equals_never_killed(ran: Ran, tmp_path: Path) -> Non
 def test_the_result_is_json_that_others_can_read(ran: Ran) -> None:
     found = json.loads((ran.out / "result.json").read_text(encoding="utf-8"))
     assert tuple(found) == tuple(Result.model_fields)
+
+
+def test_ways_to_merge_get_a_scale_and_test_scores_each(material: Path, tmp_path: Path) -> None:
+    ways = {
+        "TIES 0.2": {"method": {"name": "ties", "density": 0.2}},
+        "nothing": {"factors": {"kinds": {"embedding": 0, "mlp": 0, "attention": 0, "norm": 0}}},
+        "the same": {},
+    }
+    ran = run_small(material, tmp_path / "out", merging=ways, adapters=None, seeds=[1])
+    result = ran.result
+    assert {way: found.words for way, found in result.merging.items()} == {
+        "TIES 0.2": "ties, density 0.2",
+        "nothing": "plain, attention x 0, embedding x 0, mlp x 0, norm x 0",
+        "the same": "plain",
+    }
+    plain = result.summary["graft"]
+    assert result.merging["the same"].summary == plain
+    assert result.merging["the same"].scales == result.scales
+    perplexity = "perplexity/hr/nats_per_token"
+    assert (
+        result.merging["nothing"].summary[perplexity]
+        == result.summary["pretrained_base"][perplexity]
+    )
+    assert result.merging["TIES 0.2"].summary[perplexity] != plain[perplexity]
+    page = render(result)
+    for words in ("Ways to add the residual", "TIES 0.2", "plain addition", "ties, density 0.2"):
+        assert words in page

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.study.small import content, write_study
+from tests.study.small import content, write_material, write_study
 
-from fedgraft.errors import StudyError
+from fedgraft.errors import ResidualError, StudyError
 from fedgraft.study.study import Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -39,13 +39,14 @@ def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
     }
     study = Study.load(file, places)
     assert study.name == file.stem
-    assert study.adapters is not None
+    assert study.adapters is not None or study.merging
     assert set(study.departments) == {"finance", "hr", "engineering", "it_support"}
 
 
 def test_quickstart_has_one_seed_and_the_others_three() -> None:
     seeds = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8"))["seeds"] for f in STUDIES}
     assert {name: len(given) for name, given in seeds.items()} == {
+        "merging": 3,
         "pocket": 3,
         "quickstart": 1,
         "real_departments": 3,
@@ -123,3 +124,28 @@ def test_a_file_that_is_no_study_is_refused_by_name(tmp_path: Path, text: str) -
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"none\.yaml: expected a study in YAML, found: .*No such"):
         Study.load(tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize(
+    ("merging", "message"),
+    [
+        ({"graft": {}}, "graft: an arm's name; take another"),
+        ({"a/b": {}}, "merging.*String should match pattern"),
+        ({"x": {"method": {"name": "magic"}}}, "'plain', 'ties', 'dare', 'dare_ties'"),
+    ],
+)
+def test_a_way_to_merge_that_cannot_be_is_refused(
+    tmp_path: Path, merging: dict[str, Any], message: str
+) -> None:
+    material = write_material(tmp_path / "material")
+    file = write_study(tmp_path / "study.yaml", merging=merging)
+    with pytest.raises(StudyError, match=message):
+        Study.load(file, {"place": material})
+
+
+def test_an_impossible_density_in_a_study_is_refused(tmp_path: Path) -> None:
+    material = write_material(tmp_path / "material")
+    merging = {"x": {"method": {"name": "ties", "density": 2}}}
+    file = write_study(tmp_path / "study.yaml", merging=merging)
+    with pytest.raises(ResidualError, match=r"at most 1, found 2\.0"):
+        Study.load(file, {"place": material})

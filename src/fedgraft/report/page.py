@@ -94,6 +94,7 @@ def render(result: Result) -> str:
         plots=list(_plots(result)),
         tables=_score_tables(result),
         adapters=_adapter_rows(result),
+        merging=_merging_rows(result),
         examples=_examples(result),
         settings=list(_flatten(result.settings)),
         num_seeds=len(result.scales),
@@ -245,6 +246,30 @@ def _scale_plot(result: Result) -> Plot:
         f"best by “{SCORE_WORDS.get(result.scales[0].metric, result.scales[0].metric)}”. Test "
         "material took no part in it.",
     )
+
+
+MERGING_SCORES = (FOLLOWED, RIGHT_AND_FOLLOWED, NEW_FACTS)
+
+
+def _merging_rows(result: Result) -> list[tuple[str, str, str, list[Summary | None]]]:
+    """(name, words, scales chosen, test scores) for each way to add the residual, plain first."""
+    if not result.merging:
+        return []
+    ways = {
+        "graft": ("plain addition", result.scales, result.summary["graft"]),
+        **{
+            way: (found.words, found.scales, found.summary) for way, found in result.merging.items()
+        },
+    }
+    return [
+        (
+            way,
+            words,
+            ", ".join(f"{curve.chosen:g}" for curve in scales),
+            [summary.get(name) for name in MERGING_SCORES],
+        )
+        for way, (words, scales, summary) in ways.items()
+    ]
 
 
 def _loss_plot(result: Result) -> Plot:

@@ -30,12 +30,13 @@ from fedgraft.study.result import (
     ARMS,
     AdapterResult,
     ArmResult,
+    MergingResult,
     Result,
     ScaleCurve,
     ScalePoint,
 )
 from fedgraft.study.stage import Say, run_stage
-from fedgraft.study.study import Scored, Study, Texts
+from fedgraft.study.study import Merging, Scored, Study, Texts
 from fedgraft.text.corpus import Corpus, Document, Splits
 from fedgraft.text.dialogues import Dialogue, load_dialogues
 from fedgraft.text.packing import Rows, pack
@@ -46,6 +47,7 @@ from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import Residual, extract
 
 SCORECARD = "scorecard.json"
+PLAINLY = Merging()
 
 _Asked = TypeVar("_Asked", Dialogue, Question)
 
@@ -142,6 +144,7 @@ class _Run:
             **{arm: [] for arm in ARMS[2:]},
         }
         scales, adapters, decisions = [], [], []
+        merged: dict[str, list[tuple[ScaleCurve, Scorecard]]] = {way: [] for way in study.merging}
         for seed in study.seeds:
             s1 = self._pretrain("s1", seed, self.instruct, self.hashes["instruct"])
             pretrained = self._pretrain("pretrained_base", seed, self.base, self.hashes["base"])
@@ -151,6 +154,8 @@ class _Run:
             for arm, model in made.items():
                 cards[arm].append(self._score(arm, seed, model, self._hash(model)))
             scales.append(curve)
+            for way, merging in study.merging.items():
+                merged[way].append(self._merge(seed, pretrained, way, merging))
             adapters += self._adapters(seed, grafted, cards["graft"][-1])
             references = {arm: cards[arm][0] for arm in ("base", "instruct")}
             decisions.append(decide(cards["graft"][-1], references, study.gate))
@@ -169,6 +174,14 @@ class _Run:
             ),
             summary=summary,
             scales=tuple(scales),
+            merging={
+                way: MergingResult(
+                    words=_in_words(study.merging[way]),
+                    scales=tuple(curve for curve, _ in found),
+                    summary=summarise(card for _, card in found)[way],
+                )
+                for way, found in merged.items()
+            },
             adapters=tuple(adapters),
             residual=self._residual_facts(),
             losses=self.losses,
@@ -236,7 +249,22 @@ class _Run:
         self._cost(f"{arm}, seed {seed}", record, trained=True)
         return folder / "model"
 
-    def _choose_scale(self, seed: int, pretrained: Path) -> ScaleCurve:
+    def _merge(
+        self, seed: int, pretrained: Path, way: str, merging: Merging
+    ) -> tuple[ScaleCurve, Scorecard]:
+        """Choose a scale for another way to add the residual, and score that graft on the test."""
+        place = Path("merging", way)
+        curve = self._choose_scale(seed, pretrained, merging, place)
+        grafted = self._graft(seed, pretrained, curve.chosen, merging, place)
+        return curve, self._score(way, seed, grafted, self._hash(grafted))
+
+    def _choose_scale(
+        self,
+        seed: int,
+        pretrained: Path,
+        merging: Merging = PLAINLY,
+        place: Path = Path(),
+    ) -> ScaleCurve:
         search = self.study.scale
         metric = search.metric
         asked = self.material.validation_dialogues[: self.study.evaluation.max_dialogues]
@@ -245,7 +273,9 @@ class _Run:
             points = [
                 ScalePoint(
                     scale=scale,
-                    scores=self._score_scale(pretrained, scale, asked, seed, folder / "graft"),
+                    scores=self._score_scale(
+                        pretrained, scale, merging, asked, seed, folder / "graft"
+                    ),
                 )
                 for scale in sorted(search.grid)
             ]
@@ -257,30 +287,40 @@ class _Run:
             curve = ScaleCurve(seed=seed, metric=metric, points=tuple(points), chosen=best.scale)
             (folder / "curve.json").write_text(curve.model_dump_json(indent=1), encoding="utf-8")
 
-        folder = self.out / f"seed-{seed}" / "scale"
+        folder = self.out / f"seed-{seed}" / place / "scale"
         record = run_stage(
             folder,
-            title=f"seed {seed}: choose the scale",
+            title=" ".join(filter(None, [f"seed {seed}: choose the scale", place.name])),
             inputs={
                 "model": self._hash(pretrained),
                 "residual": self.residual.content_hash,
                 "dialogues": hash_json([dialogue.model_dump() for dialogue in asked]),
             },
-            settings={**search.model_dump(), **self.study.evaluation.model_dump()},
+            settings={
+                **search.model_dump(),
+                **self.study.evaluation.model_dump(),
+                **merging.model_dump(),
+            },
             make=make,
             say=self.say,
         )
-        self._cost(f"scale, seed {seed}", record)
+        self._cost(", ".join(["scale", *place.parts[1:], f"seed {seed}"]), record)
         return ScaleCurve.model_validate_json((folder / "curve.json").read_bytes())
 
     def _score_scale(
-        self, pretrained: Path, scale: float, asked: Sequence[Dialogue], seed: int, place: Path
+        self,
+        pretrained: Path,
+        scale: float,
+        merging: Merging,
+        asked: Sequence[Dialogue],
+        seed: int,
+        place: Path,
     ) -> dict[str, float]:
         """Score a graft that stands in `place` for as long as that takes."""
         if len(self.study.scale.grid) == 1:
             return {}
         card = evaluate(
-            open_model(graft(pretrained, self.residual.path, place, scale=scale)),
+            open_model(self._add(pretrained, scale, merging, place)),
             self.tokenizer,
             arm=f"graft at scale {scale:g}",
             seed=seed,
@@ -290,21 +330,32 @@ class _Run:
         shutil.rmtree(place)
         return {name: score.value for name, score in card.scores.items()}
 
-    def _graft(self, seed: int, pretrained: Path, scale: float) -> Path:
+    def _add(self, pretrained: Path, scale: float, merging: Merging, place: Path) -> Path:
+        method, factors = merging.method, merging.factors
+        return graft(pretrained, self.residual, place, scale=scale, method=method, factors=factors)
+
+    def _graft(
+        self,
+        seed: int,
+        pretrained: Path,
+        scale: float,
+        merging: Merging = PLAINLY,
+        place: Path = Path(),
+    ) -> Path:
         def make(folder: Path) -> dict[str, Any]:
-            graft(pretrained, self.residual.path, folder / "model", scale=scale)
+            self._add(pretrained, scale, merging, folder / "model")
             return {"flops": graft_flops(self.family.num_parameters)}
 
-        folder = self.out / f"seed-{seed}" / "graft"
+        folder = self.out / f"seed-{seed}" / place / "graft"
         record = run_stage(
             folder,
-            title=f"seed {seed}: graft at scale {scale:g}",
+            title=" ".join(filter(None, [f"seed {seed}: graft at scale {scale:g}", place.name])),
             inputs={"model": self._hash(pretrained), "residual": self.residual.content_hash},
-            settings={"scale": scale},
+            settings={"scale": scale, **merging.model_dump()},
             make=make,
             say=self.say,
         )
-        self._cost(f"graft, seed {seed}", record)
+        self._cost(", ".join(["graft", *place.parts[1:], f"seed {seed}"]), record)
         return folder / "model"
 
     def _score(self, arm: str, seed: int | None, model: Path, model_hash: str) -> Scorecard:
@@ -447,6 +498,17 @@ class _Run:
             "relative_norm": self.residual.relative_norm,
             **{name: value for name, value in figures.items() if isinstance(value, int | float)},
         }
+
+
+def _in_words(merging: Merging) -> str:
+    """What sets a way to add the residual apart: its settings that are not the default."""
+    method = merging.method.model_dump(exclude_defaults=True)
+    parts = [method.pop("name", "plain"), *(f"{key} {value:g}" for key, value in method.items())]
+    parts += [f"{kind} x {factor:g}" for kind, factor in merging.factors.kinds.items()]
+    parts += [
+        f"layers {span.first} to {span.last} x {span.factor:g}" for span in merging.factors.layers
+    ]
+    return ", ".join(parts)
 
 
 def _load(texts: Texts, department: str | None) -> Corpus:

@@ -10,6 +10,7 @@ Key by key, as written:
     arms               for each arm: its scorecards, one a seed (one where seeds do not matter)
     summary            arm -> score -> mean and spread over the seeds
     scales             for each seed: the curve on the validation split and the scale chosen
+    merging            name -> other ways to add the residual: words, scales by seed, test scores
     adapters           for each department and seed: before (graft) and after
     residual           facts about it: relative norm, exactness, parameters
     losses             training stage -> [step, nats per target]
@@ -92,6 +93,14 @@ class ScaleCurve(_Record):
     chosen: float
 
 
+class MergingResult(_Record):
+    """Another way to add the residual: its scale for each seed, and its test scores over seeds."""
+
+    words: str
+    scales: tuple[ScaleCurve, ...]
+    summary: dict[str, Summary]
+
+
 class AdapterResult(_Record):
     """A department's adapter over the graft, on the department's held-out documents."""
 
@@ -116,6 +125,7 @@ class Result(_Record):
     arms: tuple[ArmResult, ...]
     summary: dict[str, dict[str, Summary]]
     scales: tuple[ScaleCurve, ...]
+    merging: dict[str, MergingResult] = {}
     adapters: tuple[AdapterResult, ...]
     residual: dict[str, Any]
     losses: dict[str, tuple[tuple[int, float], ...]]

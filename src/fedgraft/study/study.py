@@ -6,7 +6,7 @@ Others are relative to the study file. A model may also be a name on the hub.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -23,8 +23,10 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
 from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
 from fedgraft.study.cost import Tuning
+from fedgraft.study.result import ARMS
 from fedgraft.training.adapter import AdapterSettings
 from fedgraft.training.trainer import TrainingSettings
+from fedgraft.weights.merging import PLAIN, Factors, Method
 
 
 class _Part(BaseModel):
@@ -65,6 +67,13 @@ class ScaleSearch(_Part):
     metric: str = RIGHT_AND_FOLLOWED
 
 
+class Merging(_Part):
+    """A way to add the residual that is compared with plain addition, over the same scales."""
+
+    method: Method = PLAIN
+    factors: Factors = Factors()
+
+
 class EvaluationPart(_Part):
     """How arms are scored."""
 
@@ -89,6 +98,8 @@ class Study(_Part):
     row_length: int = Field(default=256, ge=16)
     pretrain: TrainingSettings
     scale: ScaleSearch = ScaleSearch()
+    merging: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Merging] = {}
+    """By name, other ways to add the residual; each gets its own scale and its own test scores."""
     adapters: AdapterSettings | None = None
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
@@ -109,6 +120,10 @@ class Study(_Part):
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds are given twice in {list(self.seeds)}")
+        if taken := set(ARMS) & self.merging.keys():
+            raise ValueError(f"{' and '.join(sorted(taken))}: an arm's name; take another")
+        if self.merging and self.dialogues is None:
+            raise ValueError("a comparison of ways to merge needs dialogues (validation and test)")
         if len(self.scale.grid) > 1 and self.dialogues is None:
             raise ValueError("a search for the scale needs dialogues (validation and test)")
         return self
