@@ -88,6 +88,8 @@ def prepare(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # tensors are worked on side by side; threads of numpy's own would only wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def example(command: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedgraft.errors import ResidualError
 from fedgraft.provenance import Record, derive_seed, new_artefact
@@ -30,6 +29,7 @@ from fedgraft.weights.forms import (
 )
 from fedgraft.weights.lowrank import low_rank
 from fedgraft.weights.residual import EXCEPTIONS, INSTRUCT, PREFIX, Residual
+from fedgraft.weights.threshold import above, magnitudes, thresholds
 from fedgraft.weights.writer import write_growing, write_tensors
 
 SmallForm = Literal["packed", "lowrank", "sign", "int8", "sparse"]
@@ -277,43 +277,10 @@ def _factors(residual: Residual, name: str, rank: int, seed: int) -> tuple[Float
 def _largest(residual: Residual, name: str, density: float) -> Iterator[Floats]:
     """Yield the tensor with all but its largest numbers zero; of equal ones the first are kept."""
     num_kept = max(1, round(density * residual.tensors[name].num_elements))
-    threshold, num_equal = _threshold(residual, name, num_kept)
-    for numbers, bits in _magnitudes(residual, name):
-        kept = bits > threshold
-        equal = np.flatnonzero(bits == threshold)[:num_equal]
-        num_equal -= equal.size
-        kept[equal] = True
-        yield np.where(kept, numbers, np.float32(0))
-
-
-def _threshold(residual: Residual, name: str, num_kept: int) -> tuple[int, int]:
-    """Return the bits of the smallest magnitude that is kept, and how many of that are kept.
-
-    The bits of positive floats are ordered as they are, so two histograms find it exactly: of the
-    upper 16 bits, then of the lower 16 below the upper ones in which it lies.
-    """
-    upper = np.zeros(1 << 15, np.int64)
-    for _, bits in _magnitudes(residual, name):
-        upper += np.bincount(bits >> 16, minlength=upper.size)
-    high, left = _bin_from_top(upper, num_kept)
-    lower = np.zeros(1 << 16, np.int64)
-    for _, bits in _magnitudes(residual, name):
-        lower += np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=lower.size)
-    low, left = _bin_from_top(lower, left)
-    return high << 16 | low, left
-
-
-def _bin_from_top(histogram: NDArray[np.int64], num_kept: int) -> tuple[int, int]:
-    """Return the bin in which the last one kept lies, and how many are kept of that bin."""
-    above = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(above, num_kept))
-    return histogram.size - 1 - place, num_kept - int(above[place] - histogram[::-1][place])
-
-
-def _magnitudes(residual: Residual, name: str) -> Iterator[tuple[Floats, NDArray[np.uint32]]]:
+    (threshold,) = thresholds(lambda: residual.blocks(name, FRAME), [num_kept])
+    among = above(threshold)
     for block in residual.blocks(name, FRAME):
-        numbers = block.astype(np.float32, copy=False)
-        yield numbers, numbers.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        yield np.where(among(magnitudes(block)), block, 0).astype(np.float32, copy=False)
 
 
 def _write_config(folder: Path, layers: Iterable[str], rank: int) -> None:
