@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,9 +11,34 @@ from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import resolve
 from fedgraft.cli.scale import choose as choose_scale
 
+if TYPE_CHECKING:
+    from fedgraft.weights.checkpoint import Checkpoint
+
 StoredResidual = Annotated[
     Path, typer.Argument(metavar="RESIDUAL", help="A folder that `residual extract` wrote.")
 ]
+
+BaseAdapter = Annotated[
+    Path | None, typer.Option("--base-adapter", help="A LoRA adapter (PEFT folder) on BASE.")
+]
+InstructAdapter = Annotated[
+    Path | None,
+    typer.Option("--instruct-adapter", help="A LoRA adapter (PEFT folder) on INSTRUCT."),
+]
+
+
+def side(model: str, adapter: Path | None) -> "str | Checkpoint":
+    """A side of a family: a model, or a model with an adapter on it."""
+    if adapter is None:
+        return model
+    from fedgraft.weights.adapted import Adapted
+
+    return Adapted(model, adapter)
+
+
+def spelled(model: str | None, adapter: Path | None) -> str:
+    """A side of a family in a sum."""
+    return f"({model} + {adapter})" if adapter else f"{model}"
 
 
 class Form(StrEnum):
@@ -49,20 +74,21 @@ def extract(
             "restores all; auto is bfloat16 where that restores all."
         ),
     ] = Form.float32,
+    base_adapter: BaseAdapter = None,
+    instruct_adapter: InstructAdapter = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Subtract a base from its instruct model: residual = instruct - base.
 
     Tensors are streamed, so memory does not grow with the model. The residual
     carries the content hashes of both parents, and the tokenizer and chat template
-    of the instruct side.
+    of the instruct side. A side can be a model with a LoRA adapter on it.
     """
     from fedgraft.weights.family import Family
     from fedgraft.weights.residual import extract as extract_residual
 
-    residual = extract_residual(
-        Family.open(base, instruct), out, form=form.value, overwrite=overwrite
-    )
+    family = Family.open(side(base, base_adapter), side(instruct, instruct_adapter))
+    residual = extract_residual(family, out, form=form.value, overwrite=overwrite)
     finish(
         "residual",
         out,
@@ -136,6 +162,8 @@ def graft(
         str | None,
         typer.Option(parser=resolve, metavar="INSTRUCT", help="The model tuned from BASE."),
     ] = None,
+    base_adapter: BaseAdapter = None,
+    instruct_adapter: InstructAdapter = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="For auto: held-out text of what TARGET has read; repeat for more."),
@@ -172,11 +200,16 @@ def graft(
     if not addends:
         if base is None or instruct is None:
             raise typer.BadParameter("expected RESIDUAL, or both --base and --instruct")
-        addends = [Difference(Family.open(base, instruct))]
+        sides = side(base, base_adapter), side(instruct, instruct_adapter)
+        addends = [Difference(Family.open(*sides))]
+    elif base_adapter or instruct_adapter:
+        raise typer.BadParameter("expected --base-adapter, --instruct-adapter without RESIDUAL")
     texts = scale or ["1.0"]
     if texts == ["auto"]:
         if len(addends) > 1:
             raise typer.BadParameter("expected one RESIDUAL for --scale auto")
+        if base_adapter or instruct_adapter:
+            raise typer.BadParameter("expected no adapters for --scale auto; extract a RESIDUAL")
         scales = [
             choose_scale(
                 target, addends[0], base=base, instruct=instruct, data=data, prompts=prompts
@@ -195,7 +228,8 @@ def graft(
         verify=verify,
         overwrite=overwrite,
     )
-    names = [str(path) for path in residuals or []] or [f"({instruct} - {base})"]
+    subtracted = f"({spelled(instruct, instruct_adapter)} - {spelled(base, base_adapter)})"
+    names = [str(path) for path in residuals or []] or [subtracted]
     sums = " + ".join(f"{s:g} x {name}" for s, name in zip(scales, names, strict=True))
     finish(
         "graft",
