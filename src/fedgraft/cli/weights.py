@@ -1,4 +1,4 @@
-"""`family check`, `residual extract`, `residual inspect`, `graft`: verbs on weights, without torch."""
+"""`family check`, `residual ...`, `graft`: verbs on weights, without torch."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -125,6 +125,34 @@ def verify(residual: StoredResidual, base: Base, instruct: Instruct) -> None:
         say("verdict", "not what was recorded; extract it again from its parents", fg="red")
         raise typer.Exit(1)
     say("verdict", "sound", bold=True)
+
+
+def inspect(
+    residual: StoredResidual,
+    base: Base,
+    out: Out,
+    newer_base: Annotated[
+        str | None,
+        typer.Option(parser=resolve, metavar="MODEL", help="What BASE became by reading on."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure a residual layer by layer; forecast whether the graft will hold.
+
+    With --newer-base it is laid beside what continued pre-training changed, and a
+    sentence says what to expect before anything is grafted or evaluated. The page
+    shows norms, cosines, sign conflicts and effective ranks as heat maps.
+    """
+    from fedgraft.report.inspection import cells, heads, write_inspection
+    from fedgraft.weights.inspection import inspect as measure
+    from fedgraft.weights.residual import Residual
+
+    found = measure(Residual.open(residual), base, newer_base=newer_base)
+    page = write_inspection(found, out, overwrite=overwrite)
+    rows = [*found.kinds.items(), ("whole model", found.whole)]
+    show_table(("kind", *heads(found)), ((name, *cells(figures)) for name, figures in rows))
+    say("forecast", found.forecast.words)
+    finish("inspection", page)
 
 
 def factor(text: str) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def fill(template: str, *filters: Callable[..., str], **content: Any) -> str:
+def fill(template: str, *filters: Callable[..., object], **content: Any) -> str:
     """Return a page; what the content lacks is an error, not a gap.
 
     The filters are known to the template by their own names.
