@@ -237,6 +237,31 @@ def test_factors_multiply_by_kind_and_by_layer() -> None:
     assert factors.of("model.embed_tokens.weight") == 0
 
 
+def test_factors_are_read_as_people_write_them() -> None:
+    assert Factors.parse(["embedding=0", "0-5=0.5", "7=2"]) == Factors(
+        kinds={"embedding": 0},
+        layers=(LayerFactor(first=0, last=5, factor=0.5), LayerFactor(first=7, last=7, factor=2)),
+    )
+    for text in ("embedding", "bias=1", "1-x=2", "mlp=much", "mlp=nan", "-1=2"):
+        with pytest.raises(ResidualError, match=f"found '{text}'; such as embedding=0 or 0-5=0.5"):
+            Factors.parse([text])
+    with pytest.raises(ResidualError, match=r"once for each of .* found 'mlp=2'"):
+        Factors.parse(["mlp=1", "mlp=2"])
+
+
+def test_a_factor_that_applies_to_nothing_is_refused(tmp_path: Path) -> None:
+    base = random_tensors(tied=True)
+    folders = [save(tmp_path / x, base, tie_word_embeddings=True) for x in ("base", "instruct")]
+    family = Family.open(*folders)
+    for text, message in (
+        ("output=0", r"that the model has \(embedding, mlp, norm\), found output; an output layer"),
+        ("2-9=0", "expected layers from 0 to 1, found 2 to 9; name the first and the last one"),
+        ("1-0=0", "expected layers from 0 to 1, found 1 to 0"),
+    ):
+        with pytest.raises(ResidualError, match=message):
+            graft(folders[0], family, tmp_path / "graft", factors=Factors.parse([text]))
+
+
 def test_a_graft_takes_factors_and_methods(tmp_path: Path) -> None:
     base = random_tensors()
     family = Family.open(save(tmp_path / "base", base), save(tmp_path / "instruct", nudged(base)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedgraft.cli import compression, evaluation, studies, training, weights
+from fedgraft.cli import compression, evaluation, graft, studies, training, weights
 from fedgraft.errors import FedgraftError
 
 ORDER = (
@@ -102,7 +102,7 @@ app.add_typer(family, name="family")
 app.add_typer(residual, name="residual")
 app.command(
     epilog=example("fedgraft graft runs/newer-base runs/residual --out runs/grafted --scale 1.0")
-)(weights.graft)
+)(graft.graft)
 app.command(
     epilog=example(
         "fedgraft pretrain Qwen/Qwen2-0.5B --data handbook/ --tokens 10M --out runs/newer-base"

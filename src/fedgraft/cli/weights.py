@@ -1,4 +1,4 @@
-"""`family check`, `residual ...`, `graft`: verbs on weights, without torch."""
+"""`family check`, `residual ...`: verbs on weights, without torch."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite, Target
+from fedgraft.cli.arguments import Base, Instruct, Out, Overwrite
 from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import resolve
-from fedgraft.cli.scale import choose as choose_scale
 
 if TYPE_CHECKING:
     from fedgraft.weights.checkpoint import Checkpoint
@@ -34,11 +33,6 @@ def side(model: str, adapter: Path | None) -> "str | Checkpoint":
     from fedgraft.weights.adapted import Adapted
 
     return Adapted(model, adapter)
-
-
-def spelled(model: str | None, adapter: Path | None) -> str:
-    """A side of a family in a sum."""
-    return f"({model} + {adapter})" if adapter else f"{model}"
 
 
 class Form(StrEnum):
@@ -153,115 +147,3 @@ def inspect(
     show_table(("kind", *heads(found)), ((name, *cells(figures)) for name, figures in rows))
     say("forecast", found.forecast.words)
     finish("inspection", page)
-
-
-def factor(text: str) -> float:
-    """A scale as people write it."""
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"expected a number or auto for --scale, found {text!r}") from None
-
-
-def graft(
-    target: Target,
-    out: Out,
-    residuals: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[RESIDUAL]...",
-            help="What `residual extract` wrote; several are added up. None with --base and "
-            "--instruct: subtracted while they are read.",
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X|auto",
-            help="The factor on a residual [1.0]; repeat for several. auto chooses it without "
-            "labels (needs --base and --data).",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(parser=resolve, metavar="BASE", help="What the residual was taken from."),
-    ] = None,
-    instruct: Annotated[
-        str | None,
-        typer.Option(parser=resolve, metavar="INSTRUCT", help="The model tuned from BASE."),
-    ] = None,
-    base_adapter: BaseAdapter = None,
-    instruct_adapter: InstructAdapter = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="For auto: held-out text of what TARGET has read; repeat for more."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="For auto: requests of your own, a line each.")
-    ] = None,
-    any_parent: Annotated[
-        bool,
-        typer.Option(
-            "--any-parent",
-            help="Graft onto a checkpoint that is not known to descend from the base.",
-        ),
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the result back from the disk and compare.")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Add a residual to a newer base: target + scale * residual.
-
-    The result is a complete model directory with the tokenizer, chat template and
-    generation settings of the instruct side; transformers and vLLM load it as it is.
-
-    With --scale auto the instruct model answers a few dozen plain requests, and of
-    the scales at which TARGET keeps most of what it has read, the one is taken that
-    stays closest to those answers. No instruction data is needed.
-    """
-    from fedgraft.weights.family import Family
-    from fedgraft.weights.graft import graft as add
-    from fedgraft.weights.residual import Difference, Residual
-
-    addends: list[Residual | Difference] = [Residual.open(path) for path in residuals or []]
-    if not addends:
-        if base is None or instruct is None:
-            raise typer.BadParameter("expected RESIDUAL, or both --base and --instruct")
-        sides = side(base, base_adapter), side(instruct, instruct_adapter)
-        addends = [Difference(Family.open(*sides))]
-    elif base_adapter or instruct_adapter:
-        raise typer.BadParameter("expected --base-adapter, --instruct-adapter without RESIDUAL")
-    texts = scale or ["1.0"]
-    if texts == ["auto"]:
-        if len(addends) > 1:
-            raise typer.BadParameter("expected one RESIDUAL for --scale auto")
-        if base_adapter or instruct_adapter:
-            raise typer.BadParameter("expected no adapters for --scale auto; extract a RESIDUAL")
-        scales = [
-            choose_scale(
-                target, addends[0], base=base, instruct=instruct, data=data, prompts=prompts
-            )
-        ]
-    else:
-        scales = [factor(text) for text in texts]
-    if len(scales) == 1:
-        scales *= len(addends)
-    add(
-        target,
-        addends,
-        out,
-        scale=scales[0] if len(scales) == 1 else scales,
-        any_parent=any_parent,
-        verify=verify,
-        overwrite=overwrite,
-    )
-    subtracted = f"({spelled(instruct, instruct_adapter)} - {spelled(base, base_adapter)})"
-    names = [str(path) for path in residuals or []] or [subtracted]
-    sums = " + ".join(f"{s:g} x {name}" for s, name in zip(scales, names, strict=True))
-    finish(
-        "graft",
-        out,
-        facts=[f"{target} + {sums}", *(["read back as it was written"] if verify else [])],
-        steps=[f"fedgraft chat {out}", f"fedgraft evaluate {out} --data FILE"],
-    )

@@ -88,6 +88,7 @@ def graft(
                 "it from the family that the target belongs to"
             )
     _check_one_base(addends)
+    factors.check(checkpoint.tensors.keys())
     _check_ungrafted(checkpoint, addends)
     ancestors = set(checkpoint.record.ancestors if checkpoint.record else ())
     if isinstance(carrier, Residual):  # its parents are known without reading them

@@ -23,8 +23,9 @@ our scale), with three differences:
   in which tensors are read. A probability is a multiple of 2^-16.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,51 @@ class Factors(BaseModel):
 
     kinds: Mapping[Kind, float] = {}
     layers: tuple[LayerFactor, ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> "Factors":
+        """Read factors as people write them: `embedding=0`, `3=0.5` or `0-5=0.5` for layers.
+
+        Raises ResidualError for another kind, a kind given twice, and what is no factor.
+        """
+        kinds: dict[Kind, float] = {}
+        layers = []
+        for text in texts:
+            what, _, number = text.partition("=")
+            try:
+                factor = float(number)
+                if not math.isfinite(factor):
+                    raise ValueError
+                if what in get_args(Kind):
+                    if what in kinds:
+                        raise ValueError
+                    kinds[cast("Kind", what)] = factor
+                    continue
+                first, _, last = what.partition("-")
+                layers.append(LayerFactor(first=int(first), last=int(last or first), factor=factor))
+            except ValueError:
+                raise ResidualError(
+                    f"expected KIND=X, once for each of {', '.join(get_args(Kind))}, or "
+                    f"FIRST-LAST=X for layers, found {text!r}; such as embedding=0 or 0-5=0.5"
+                ) from None
+        return cls(kinds=kinds, layers=tuple(layers))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ResidualError for a factor that applies to no tensor of a model."""
+        kinds = {kind_of(name) for name in names}
+        layers = {layer for name in names if (layer := layer_of(name)) is not None}
+        for kind in self.kinds:
+            if kind not in kinds:
+                raise ResidualError(
+                    f"expected a kind of module that the model has ({', '.join(sorted(kinds))}), "
+                    f"found {kind}; an output layer that is tied is the embedding"
+                )
+        for span in self.layers:
+            if not any(span.first <= layer <= span.last for layer in layers):
+                raise ResidualError(
+                    f"expected layers from 0 to {max(layers, default=0)}, found {span.first} to "
+                    f"{span.last}; name the first and the last one"
+                )
 
     def of(self, name: str) -> float:
         """The factor of a tensor."""
