@@ -89,22 +89,23 @@ def render(inspection: Inspection) -> str:
 
 def heads(inspection: Inspection) -> list[str]:
     """Name what `cells` shows."""
-    ours = ["numbers", "residual", "rank", "not restored"]
-    theirs = ["change", "cosine", "conflict"]
+    ours = ["residual", "rank", "not restored"]
+    theirs = ["change", "strength", "cosine", "conflict"]
     return [*ours, *theirs] if inspection.whole.change else ours
 
 
 def cells(figures: Figures) -> list[str]:
     """Put the figures of a part into words."""
     lost, change = figures.num_not_restored, figures.change
-    return [
-        f"{figures.num_elements:,}",
+    words = [
         share(figures.relative_norm),
         rank(figures.effective_rank),
         "not counted" if lost is None else f"{lost:,}",
-        *([share(change.relative_norm), signed(change.cosine)] if change else []),
-        *([share(change.sign_conflict)] if change else []),
     ]
+    if change:
+        words += [share(change.relative_norm), share(change.strength)]
+        words += [signed(change.cosine), share(change.sign_conflict)]
+    return words
 
 
 def _tiles(inspection: Inspection) -> Iterator[Tile]:
@@ -118,11 +119,11 @@ def _tiles(inspection: Inspection) -> Iterator[Tile]:
             words="of the weights' norm is what continued pre-training changed",
         )
         yield Tile(
-            value=signed(change.cosine), words="is the cosine between the two; 0 is unrelated"
+            value=share(inspection.forecast.strength),
+            words="of the weights' strongest directions is the strongest of that change",
         )
         yield Tile(
-            value=share(change.sign_conflict),
-            words="of the numbers large in both have opposite signs; 50% is chance",
+            value=signed(change.cosine), words="is the cosine between the two; 0 is unrelated"
         )
     elif whole.num_not_restored is not None:
         yield Tile(
@@ -146,6 +147,14 @@ def _maps(inspection: Inspection) -> Iterator[Map]:
             "What continued pre-training changed",
             "Norm of newer base - base, as a share of the weights'.",
             lambda figures: figures.change.relative_norm if figures.change else None,
+            share,
+        )
+        yield _map(
+            inspection,
+            "How strong is the strongest direction of that change?",
+            "Its largest singular value, as a share of the weights' own. The forecast rests on "
+            "the mean of this map.",
+            lambda figures: figures.change.strength if figures.change else None,
             share,
         )
         yield _map(

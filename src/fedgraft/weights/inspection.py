@@ -9,17 +9,20 @@
     sign conflict     of the numbers that are large in R and in D, the share with opposite signs;
                       large: above the root mean square of the block of about 65,536 numbers
                       around them. Chance is 50 %.
+    strength          s1(D) / s1(B) and s1(R) / s1(B), of the largest singular values
     effective rank    (s1^2 + s2^2 + ...)^2 / (s1^4 + s2^4 + ...) over the singular values s of R,
                       the participation ratio of the spectrum of R^T R: n for an orthogonal
                       n x n matrix, 1 for an outer product
 
-Figures of a part are taken over its numbers together, not averaged over its tensors; an effective
-rank alone is the mean over the part's matrices.
+Figures of a part are taken over its numbers together, not averaged over its tensors; strength and
+effective rank are means over the part's matrices.
 
-The effective rank is estimated in the same pass from NUM_PROBES random sign vectors w: E (w_i^T
-R^T R w_j)^2 is the sum of the s^4 for i != j (Kong and Valiant, arXiv 1602.00061, for moments of
-a covariance). Its standard deviation is 7 % at most on the spectra in the test; the trace is taken
-from the same probes, whose errors then cancel where one singular value dominates.
+Singular values are estimated in the same pass from Z = M^T M W, for each matrix M of R, B and D,
+with NUM_PROBES columns of random signs in W. For columns i != j, (W^T Z)_ij^2 has the expectation
+s1^4 + s2^4 + ... (Kong and Valiant, arXiv 1602.00061); the trace is taken from the same probes,
+whose errors then cancel where one singular value dominates. s1^2 is the largest eigenvalue of
+Z (W^T Z)^+ Z^T (Nystroem; Tropp et al., arXiv 1706.05736): never too large, and up to 25 % too
+small in s1 where the spectrum is flat, which ratios mostly cancel.
 
 Rows whose token one side lacks are left out.
 """
@@ -43,8 +46,13 @@ from fedgraft.weights.family import Kind, anatomy_of, has_rows, kind_of, layer_o
 from fedgraft.weights.residual import Residual
 
 NUM_PROBES = 32
+KEPT, LIMIT, NEAR, NUM_RUNS = 0.85, 0.117, 0.15, 30
+"""Share of the instructions kept that counts as held; the strength of the change at which runs of
+the pocket family went from one to the other; the share of it within which nothing is promised."""
 SERIAL = 1 << 18
 """Multiplications up to which OpenBLAS stays on one core; ours are busy already."""
+SMALLEST = 1e-6
+"""Share of the largest eigenvalue below which float32 says nothing."""
 EXPERT = re.compile(r"\.\d+(?=\.)")
 
 _Key = TypeVar("_Key", Kind, int)
@@ -58,6 +66,7 @@ class Change(_Record):
     """What continued pre-training did to a part, and how it lies to the residual."""
 
     relative_norm: float
+    strength: float | None
     cosine: float | None
     """None where one of the two is zero."""
     sign_conflict: float | None
@@ -69,6 +78,8 @@ class Figures(_Record):
 
     num_elements: int
     relative_norm: float
+    strength: float | None
+    """None without a matrix in the base that is not zero."""
     effective_rank: float | None
     """None without a matrix that moved."""
     num_not_restored: int | None
@@ -98,6 +109,8 @@ class Forecast(_Record):
 
     outcome: Literal["holds", "doubtful", "breaks", "open"]
     """open: without a newer base nobody can tell."""
+    strength: float | None
+    """Of the change, the mean over the layers' matrices."""
     words: str
 
 
@@ -129,7 +142,10 @@ class _Sums:
     num_large: int = 0
     num_opposed: int = 0
     num_not_restored: int = 0
+    strengths: list[float] = field(default_factory=list)
+    change_strengths: list[float] = field(default_factory=list)
     ranks: list[float] = field(default_factory=list)
+    """A number for each matrix."""
 
     def __add__(self, other: "_Sums") -> "_Sums":
         names = [one.name for one in fields(self)]
@@ -139,13 +155,15 @@ class _Sums:
         both = math.sqrt(self.residual * self.change)
         change = Change(
             relative_norm=_rounded(_relative(self.change, self.base)),
+            strength=_mean(self.change_strengths),
             cosine=_rounded(self.product / both) if both else None,
             sign_conflict=_rounded(self.num_opposed / self.num_large) if self.num_large else None,
         )
         return Figures(
             num_elements=self.num_elements,
             relative_norm=_rounded(_relative(self.residual, self.base)),
-            effective_rank=_rounded(sum(self.ranks) / len(self.ranks)) if self.ranks else None,
+            strength=_mean(self.strengths),
+            effective_rank=_mean(self.ranks),
             num_not_restored=self.num_not_restored if counted else None,
             change=change if changed else None,
         )
@@ -231,8 +249,7 @@ def _measure(name: str, residual: Residual, sides: list[_Side], known: NDArray[n
     info = residual.tensors[name]
     width = math.prod(info.shape[1:])
     size = min(width * max(1, BLOCK_ELEMENTS // width), info.num_elements)
-    probes = _probes(width) if len(info.shape) > 1 else None
-    gram = np.zeros((NUM_PROBES, NUM_PROBES))
+    sketches = [_Sketch(width) for _ in (residual, *sides)] if len(info.shape) > 1 else []
     sums, first = _Sums(num_elements=info.num_elements), 0
     wide, products = np.empty((3, size), np.float32), np.empty((3, size))
     sources = [residual.blocks(name, size), *(side.blocks(name, size) for side in sides)]
@@ -252,14 +269,18 @@ def _measure(name: str, residual: Residual, sides: list[_Side], known: NDArray[n
         sums.residual += norms[0]
         sums.base += norms[1]
         if len(weights) == 2:
-            changed = np.subtract(weights[1], weights[0], out=weights[1])
-            _compare(moved, changed, sums, products[:, : moved.size])
-        if probes is not None:
-            seen = _product(moved.reshape(-1, width), probes).astype(np.float64)
-            gram += seen.T @ seen
+            np.subtract(weights[1], weights[0], out=weights[1])
+            _compare(moved, weights[1], sums, products[:, : moved.size])
+        for sketch, numbers in zip(sketches, (moved, *weights), strict=False):
+            sketch.add(numbers.reshape(-1, width))
         first += moved.size
-    if probes is not None and (rank := _effective_rank(gram)):
-        sums.ranks = [min(rank, float(min(info.shape[0], width)))]
+    if sketches:
+        ours, of_base, *of_change = sketches
+        if (rank := ours.effective_rank()) is not None:
+            sums.ranks = [min(rank, float(min(info.shape[0], width)))]
+        if whole := of_base.largest():
+            sums.strengths = [ours.largest() / whole]
+            sums.change_strengths = [sketch.largest() / whole for sketch in of_change]
     return sums
 
 
@@ -277,16 +298,46 @@ def _compare(moved: Floats, changed: Floats, sums: _Sums, buffer: NDArray[np.flo
     sums.num_opposed += int(np.count_nonzero(large & (crossed < 0)))
 
 
-def _product(rows: Floats, probes: Floats) -> Floats:
-    """Multiply in pieces that are small enough to stay on the core that asks for them.
+class _Sketch:
+    """Of a matrix M that is read by rows, Z = M^T M W: enough to tell its singular values by."""
 
-    A product that OpenBLAS shares out, asked for on several threads, took ten times the processor.
-    """
-    step = max(1, SERIAL // NUM_PROBES // len(rows))
-    seen = np.zeros((len(rows), NUM_PROBES), np.float32)
-    for first in range(0, rows.shape[1], step):
-        seen += rows[:, first : first + step] @ probes[first : first + step]
-    return seen
+    def __init__(self, width: int) -> None:
+        self._probes = _probes(width)
+        self._seen = np.zeros_like(self._probes)
+
+    def add(self, rows: Floats) -> None:
+        """Take in some rows, in pieces so small that OpenBLAS multiplies them on this core.
+
+        Products that it shared out, asked for on several threads, took ten times the processor.
+        """
+        step = max(1, SERIAL // NUM_PROBES // len(rows))
+        parts = [slice(first, first + step) for first in range(0, rows.shape[1], step)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            projected = sum(rows[:, part] @ self._probes[part] for part in parts)
+            for part in parts:
+                self._seen[part] += rows[:, part].T @ projected
+
+    def largest(self) -> float:
+        """Estimate the largest singular value; 0 for a matrix of zeros."""
+        values, vectors = np.linalg.eigh(self._gram())
+        kept = values > values[-1] * SMALLEST
+        half = self._seen.astype(np.float64) @ (vectors[:, kept] / np.sqrt(values[kept]))
+        inner = half.T @ half
+        return math.sqrt(max(np.linalg.eigvalsh(inner), default=0.0))
+
+    def effective_rank(self) -> float | None:
+        """Estimate the participation ratio; None for a matrix of zeros."""
+        gram = self._gram()
+        squares = np.square(gram)
+        quartic = (squares.sum() - np.trace(squares)) / (NUM_PROBES * (NUM_PROBES - 1))
+        return max(1.0, float((np.trace(gram) / NUM_PROBES) ** 2 / quartic)) if quartic else None
+
+    def _gram(self) -> NDArray[np.float64]:
+        """W^T Z; zeros where float32 cannot hold Z, for numbers near 1e19 and above."""
+        if not np.isfinite(self._seen).all():
+            return np.zeros((NUM_PROBES, NUM_PROBES))
+        gram = self._probes.astype(np.float64).T @ self._seen
+        return np.asarray((gram + gram.T) / 2)
 
 
 @lru_cache(maxsize=8)
@@ -294,13 +345,6 @@ def _probes(width: int) -> Floats:
     """Random signs, [width, NUM_PROBES], the same for every matrix of this width."""
     signs = np.random.default_rng(width).integers(0, 2, (width, NUM_PROBES))
     return signs.astype(np.float32) * 2 - 1
-
-
-def _effective_rank(gram: NDArray[np.float64]) -> float | None:
-    """Estimate it from w_i^T R^T R w_j for all pairs of probes; None for a matrix of zeros."""
-    squares = np.square(gram)
-    quartic = (squares.sum() - np.trace(squares)) / (NUM_PROBES * (NUM_PROBES - 1))
-    return max(1.0, float((np.trace(gram) / NUM_PROBES) ** 2 / quartic)) if quartic else None
 
 
 def _arranged(
@@ -325,11 +369,12 @@ def _arranged(
 
     layers = {name: layer for name in sums if (layer := layer_of(name)) is not None}
     modules = {name: module_of(name) for name in sums}
-    whole = total(sums)
+    matrices = [name for name in layers if len(infos[name].shape) > 1]
+    change = total(matrices).change if matrices else None
     return Inspection(
         inputs=inputs,
-        forecast=forecast(whole),
-        whole=whole,
+        forecast=forecast(change.strength if change else None),
+        whole=total(sums),
         kinds=grouped(kind_of),
         layers=grouped(layers.__getitem__, layers),
         cells={
@@ -350,8 +395,32 @@ def _arranged(
     )
 
 
-def forecast(whole: Figures) -> Forecast:
-    return Forecast(outcome="open", words="TODO")
+def forecast(strength: float | None) -> Forecast:
+    """Say whether the graft will hold, from the strength of the change in the layers' matrices.
+
+    Learned from runs of the pocket family: `benchmarks/forecast.py`, docs/inspection.md.
+    """
+    rule = (
+        f"In {NUM_RUNS} runs of the pocket family the graft kept {KEPT:.0%} of the instructions "
+        f"where that was below {LIMIT:.0%}, and lost more above it"
+    )
+    moved = "the strongest direction of the layers' matrices"
+    if strength is None:
+        words = f"Name a newer base, to see how far continued pre-training moved {moved}. {rule}."
+        return Forecast(outcome="open", strength=None, words=words)
+    outcome: Literal["holds", "doubtful", "breaks"]
+    if strength < LIMIT * (1 - NEAR):
+        outcome, expected = "holds", "expect the graft to hold at scale 1"
+    elif strength > LIMIT * (1 + NEAR):
+        outcome, expected = "breaks", "expect the graft to lose instructions; "
+        expected += "train on with a lower learning rate, fewer tokens or more replay"
+    else:
+        outcome, expected = "doubtful", "it may go either way; evaluate the graft before all else"
+    words = (
+        f"Continued pre-training moved {moved} by {strength:.1%} of the base's own, on average: "
+        f"{expected}. {rule}; of larger models nothing was learned yet."
+    )
+    return Forecast(outcome=outcome, strength=strength, words=words)
 
 
 def module_of(name: str) -> str:
@@ -366,6 +435,10 @@ def module_of(name: str) -> str:
 
 def _relative(square: float, base: float) -> float:
     return math.sqrt(square / base) if base else 0.0
+
+
+def _mean(numbers: list[float]) -> float | None:
+    return _rounded(math.fsum(numbers) / len(numbers)) if numbers else None
 
 
 def _rounded(number: float) -> float:
