@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedgraft.errors import FedgraftError as FedgraftError
+    from fedgraft.evaluation.closeness import choose_scale as choose_scale
     from fedgraft.evaluation.gate import decide as decide
     from fedgraft.evaluation.scorecard import Scorecard as Scorecard
     from fedgraft.evaluation.scorecard import evaluate as evaluate
@@ -31,29 +32,45 @@ if TYPE_CHECKING:
     from fedgraft.training.adapter import train_adapter as train_adapter
     from fedgraft.training.pretrain import continue_pretraining as continue_pretraining
     from fedgraft.training.trainer import TrainingSettings as TrainingSettings
+    from fedgraft.weights.adapted import Adapted as Adapted
     from fedgraft.weights.checkpoint import Checkpoint as Checkpoint
+    from fedgraft.weights.compression import compress as compress
     from fedgraft.weights.family import Family as Family
     from fedgraft.weights.graft import graft as graft
+    from fedgraft.weights.inspection import inspect as inspect
+    from fedgraft.weights.live import Live as Live
+    from fedgraft.weights.live import applied as applied
+    from fedgraft.weights.merging import Factors as Factors
+    from fedgraft.weights.merging import Method as Method
     from fedgraft.weights.residual import Residual as Residual
     from fedgraft.weights.residual import extract as extract
+    from fedgraft.weights.residual import verify as verify
 
 _HOME = {
+    "Adapted": "fedgraft.weights.adapted",
     "AdapterSettings": "fedgraft.training.adapter",
     "Checkpoint": "fedgraft.weights.checkpoint",
     "Corpus": "fedgraft.text.corpus",
     "Dialogue": "fedgraft.text.dialogues",
+    "Factors": "fedgraft.weights.merging",
     "Family": "fedgraft.weights.family",
     "FedgraftError": "fedgraft.errors",
+    "Live": "fedgraft.weights.live",
+    "Method": "fedgraft.weights.merging",
     "Residual": "fedgraft.weights.residual",
     "Result": "fedgraft.study.result",
     "Scorecard": "fedgraft.evaluation.scorecard",
     "Study": "fedgraft.study.study",
     "TrainingSettings": "fedgraft.training.trainer",
+    "applied": "fedgraft.weights.live",
+    "choose_scale": "fedgraft.evaluation.closeness",
+    "compress": "fedgraft.weights.compression",
     "continue_pretraining": "fedgraft.training.pretrain",
     "decide": "fedgraft.evaluation.gate",
     "evaluate": "fedgraft.evaluation.scorecard",
     "extract": "fedgraft.weights.residual",
     "graft": "fedgraft.weights.graft",
+    "inspect": "fedgraft.weights.inspection",
     "load_dialogues": "fedgraft.text.dialogues",
     "merge_adapter": "fedgraft.training.adapter",
     "open_adapted": "fedgraft.training.adapter",
@@ -63,6 +80,7 @@ _HOME = {
     "pack_dialogues": "fedgraft.text.dialogues",
     "run": "fedgraft.study.arms",
     "train_adapter": "fedgraft.training.adapter",
+    "verify": "fedgraft.weights.residual",
     "write_report": "fedgraft.report.page",
 }
 
