@@ -31,33 +31,17 @@ SHAPES = ("0.5b", "1.5b", "8b")
 TOOLS = {"residuals": "residuals==0.3.2", "mergekit": "mergekit==0.1.5"}
 TORCH = "torch==2.13.0"
 """Installed first, so that no tool draws in another build."""
-LOADED = """
+SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-dtype, first, second, out = getattr(torch, sys.argv[1]), *sys.argv[2:]
+dtype, sign, first, second, out = getattr(torch, sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 models = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (first, second)]
-pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-"""
-SUBTRACT = (
-    LOADED
-    + """
 with torch.no_grad():
-    for base, instruct in pairs:
-        instruct -= base
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        b.add_(a, alpha=sign)
 models[1].save_pretrained(out)
 AutoTokenizer.from_pretrained(second).save_pretrained(out)
 """
-)
-ADD = (
-    LOADED
-    + """
-with torch.no_grad():
-    for target, residual in pairs:
-        target += residual
-models[0].save_pretrained(out)
-AutoTokenizer.from_pretrained(second).save_pretrained(out)
-"""
-)
 """The usual script at its best: in place, and an output layer that is tied counted once."""
 RESIDUALS_EXTRACT = """
 import sys, torch
@@ -206,7 +190,7 @@ def graft(material: Material) -> Comparison:
             ),
             Way(
                 "transformers script",
-                _script(ADD, "bfloat16", newer, _as_model(residual, material.work)),
+                _script(SCRIPT, "bfloat16", "1", newer, _as_model(residual, material.work)),
             ),
             Way("residuals", _script(RESIDUALS_APPLY, "bfloat16", newer, theirs, tool="residuals")),
         ],
@@ -367,7 +351,7 @@ def _ratio(runs: Sequence[Run], others: Sequence[Run]) -> float:
 
 def _extract_elsewhere(family: tuple[Path, Path], form: str) -> list[Way]:
     return [
-        Way("transformers script", _script(SUBTRACT, form, *family)),
+        Way("transformers script", _script(SCRIPT, form, "-1", *family)),
         Way("residuals", _script(RESIDUALS_EXTRACT, form, *family, tool="residuals")),
     ]
 
