@@ -11,7 +11,16 @@ from fedgraft.errors import NonFiniteError, ResidualError
 from fedgraft.weights import inspection as inspection_module
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
-from fedgraft.weights.inspection import Figures, Inspection, inspect, module_of
+from fedgraft.weights.inspection import (
+    LIMIT,
+    NEAR,
+    NUM_RUNS,
+    Figures,
+    Inspection,
+    forecast,
+    inspect,
+    module_of,
+)
 from fedgraft.weights.residual import Residual, extract
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -162,23 +171,53 @@ def matrices() -> dict[str, NDArray[np.float64]]:
 
 
 @pytest.mark.parametrize("kind", matrices())
-def test_the_effective_rank_is_that_of_the_singular_values(tmp_path: Path, kind: str) -> None:
-    matrix = matrices()[kind].astype(np.float32)
-    base = {
-        "model.embed_tokens.weight": np.zeros((20, 8), np.float32),
-        "model.layers.0.mlp.up_proj.weight": np.zeros_like(matrix),
-    }
-    instruct = {**base, "model.layers.0.mlp.up_proj.weight": matrix}
+def test_rank_and_strength_are_those_of_the_singular_values(tmp_path: Path, kind: str) -> None:
+    residual = matrices()[kind]
+    base = random_tensors(num_layers=1, dtype="F32") | {UP: matrices()["flat"].astype(np.float32)}
     family = Family.open(
-        save(tmp_path / "base", base, tie_word_embeddings=True),
-        save(tmp_path / "instruct", instruct, tie_word_embeddings=True),
+        save(tmp_path / "base", base),
+        save(tmp_path / "instruct", base | {UP: (base[UP] + residual).astype(np.float32)}),
     )
     result = inspect(extract(family, tmp_path / "residual"), family.base)
-    squares = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
-    assert result.cells["mlp.up_proj"][0].effective_rank == pytest.approx(
-        squares.sum() ** 2 / (squares**2).sum(), rel=0.15
-    )
+    figures = result.cells["mlp.up_proj"][1]
+    values = np.linalg.svd(residual, compute_uv=False)
+    rank = np.square(values).sum() ** 2 / (values**4).sum()
+    assert figures.effective_rank == pytest.approx(rank, rel=0.15)
+    assert figures.strength is not None
+    assert 0.75 * values[0] < figures.strength < 1.001 * values[0]
     assert result.kinds["embedding"].effective_rank is None
+    assert result.kinds["embedding"].strength == 0
+
+
+def test_the_forecast_rests_on_the_mean_strength_in_the_layers(case: Case) -> None:
+    result = case.inspect()
+    strengths = [
+        tensor.figures.change.strength
+        for tensor in result.tensors
+        if tensor.layer is not None and tensor.figures.change and tensor.figures.change.strength
+    ]
+    assert len(strengths) == 2
+    assert result.forecast == forecast(result.forecast.strength)
+    assert result.forecast.strength == pytest.approx(np.mean(strengths), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strength", "outcome", "words"),
+    [
+        (0.0, "holds", "by 0.0% of the base's own, on average: expect the graft to hold"),
+        (0.9 * LIMIT * (1 - NEAR), "holds", "expect the graft to hold at scale 1"),
+        (LIMIT, "doubtful", "it may go either way; evaluate"),
+        (1.1 * LIMIT * (1 + NEAR), "breaks", "lose instructions; train on with a lower"),
+        (None, "open", "Name a newer base"),
+    ],
+)
+def test_a_forecast_says_what_to_expect_and_why(
+    strength: float | None, outcome: str, words: str
+) -> None:
+    told = forecast(strength)
+    assert told.outcome == outcome
+    assert words in told.words
+    assert f"In {NUM_RUNS} runs of the pocket family" in told.words
 
 
 def test_rows_belong_together_by_token_in_whatever_order_they_lie(
@@ -225,6 +264,7 @@ def test_numbers_that_are_not_restored_are_those_of_the_record(tmp_path: Path) -
     result = inspect(residual, family.base)
     assert result.whole.num_not_restored == result.cells["mlp.up_proj"][1].num_not_restored == 1
     assert result.layers[0].num_not_restored == 0
+    assert result.cells["mlp.up_proj"][1].effective_rank is None, "squares beyond float32"
 
 
 def test_a_form_whose_record_counts_none_has_none(case: Case) -> None:

@@ -143,7 +143,8 @@ def inspect(
 
     found = measure(Residual.open(residual), base, newer_base=newer_base)
     page = write_inspection(found, out, overwrite=overwrite)
-    rows = [*found.kinds.items(), ("whole model", found.whole)]
+    rows = [*found.kinds.items(), ("all", found.whole)]
     show_table(("kind", *heads(found)), ((name, *cells(figures)) for name, figures in rows))
     say("forecast", found.forecast.words)
-    finish("inspection", page)
+    steps = [f"fedgraft graft {newer_base} {residual} --out runs/grafted"] if newer_base else []
+    finish("inspection", page, steps=steps if found.forecast.outcome != "breaks" else [])

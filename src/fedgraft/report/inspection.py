@@ -80,7 +80,7 @@ def render(inspection: Inspection) -> str:
         tiles=list(_tiles(inspection)),
         maps=list(_maps(inspection)),
         heads=heads(inspection),
-        kinds=[*inspection.kinds.items(), ("whole model", inspection.whole)],
+        kinds=[*inspection.kinds.items(), ("all", inspection.whole)],
         tensors=[(tensor.name, tensor.figures) for tensor in inspection.tensors],
         roles=ROLES,
         version=version(),
@@ -89,7 +89,7 @@ def render(inspection: Inspection) -> str:
 
 def heads(inspection: Inspection) -> list[str]:
     """Name what `cells` shows."""
-    ours = ["residual", "rank", "not restored"]
+    ours = ["residual", "rank", "inexact"]
     theirs = ["change", "strength", "cosine", "conflict"]
     return [*ours, *theirs] if inspection.whole.change else ours
 
@@ -120,7 +120,7 @@ def _tiles(inspection: Inspection) -> Iterator[Tile]:
         )
         yield Tile(
             value=share(inspection.forecast.strength),
-            words="of the weights' strongest directions is the strongest of that change",
+            words="is the strength of its strongest direction, against the weights' own",
         )
         yield Tile(
             value=signed(change.cosine), words="is the cosine between the two; 0 is unrelated"
