@@ -119,7 +119,7 @@ def test_int8_of_zeros_is_zeros(tmp_path: Path) -> None:
 
 
 def test_low_rank_is_the_product_of_the_factors(tmp_path: Path) -> None:
-    tensor = matrix(90, 40)
+    tensor = matrix(91, 40)
     left, right = factors(tensor)
     found = whole(stored(tmp_path, t=low_rank(tensor)))
     assert found == pytest.approx(left @ right, rel=1e-5, abs=1e-9)

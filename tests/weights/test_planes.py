@@ -65,10 +65,11 @@ def test_zeros_cost_next_to_nothing() -> None:
 
 
 def test_threads_do_not_disturb_each_other() -> None:
-    blocks = [difference(1e-3, seed=seed) for seed in range(16)]
+    size = 1 << 19  # long enough in zstd for two threads to meet there
+    blocks = [difference(1e-3, size, seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         packed = list(pool.map(pack, blocks))
-        found = list(pool.map(lambda data: restored(data, 1 << 16), packed))
+        found = list(pool.map(lambda data: restored(data, size), packed))
     assert packed == [pack(block) for block in blocks]
     assert all(a.tobytes() == b.tobytes() for a, b in zip(found, blocks, strict=True))
 
@@ -93,3 +94,10 @@ def test_a_block_cut_short_is_a_value_error(size: int) -> None:
 def test_a_block_of_another_size_is_a_value_error(size: int) -> None:
     with pytest.raises(ValueError, match=r"packed|plane|mask"):
         restored(pack(difference(1e-3, 4096)), size)
+
+
+def test_a_mask_of_more_numbers_than_are_kept_is_a_value_error() -> None:
+    packed = pack(np.array([0] * 15 + [1], np.float32))
+    assert packed[24:26] == b"\x00\x01"
+    with pytest.raises(ValueError, match="a mask of 2 numbers, where 1 were kept"):
+        restored(packed[:24] + b"\x00\x03" + packed[26:], 16)
