@@ -9,18 +9,22 @@
     breadcrumbs    Model Breadcrumbs (arXiv 2312.06795): leave out the largest `gamma` of each
                    tensor, of the rest keep the largest, `density` of all; sum
 
-Arithmetic is in float32, where mergekit's is in the checkpoint's dtype unless told otherwise. For
-equal inputs in float32 and a weight of 1 for each model, results are mergekit 0.1.5's (`ties` with
-its default `normalize: true`, `dare_ties` and `breadcrumbs` with `normalize: false`, `lambda` as
-our scale), with three differences:
+Arithmetic is in float32, where mergekit's is in the checkpoint's dtype unless told otherwise
+(`dtype: float32`, `out_dtype: bfloat16`). In float32 our results are those of mergekit 0.1.5, bit
+for bit but for what is listed below: task arithmetic and `breadcrumbs` with any weights as our
+scales, `ties` with its default `normalize: true` and weights of 1. Its `lambda` is our scale up to
+rounding; our `dare_ties` is its own with `normalize: false`. `benchmarks/merging_methods.py` runs
+both. The differences:
 
-- Of equal magnitudes at the cut we keep the first; mergekit keeps whichever its sort leaves.
-- Our scales count towards the elected sign and the sum. Where they differ, mergekit's `normalize`
-  divides by the sum of the agreeing weights; we divide by the number of agreeing residuals, so
-  that a scale is never divided out again.
-- DARE divides by the density, as its paper does; mergekit matches the L1 norm instead. The random
-  numbers are ours: from the seed, the residual's place and the tensor's name, whatever the order
-  in which tensors are read. A probability is a multiple of 2^-16.
+- Of equal magnitudes at the cut we keep the first; mergekit keeps whichever its sort leaves. Of a
+  tensor with fewer numbers than 1 / density we keep one; mergekit's Breadcrumbs keeps none.
+- Our scales count towards the elected sign and the sum. `ties` divides by the number of agreeing
+  residuals, so that a scale is never divided out again; mergekit divides by the sum of the agreeing
+  weights, or by nothing (`normalize: false`).
+- DARE divides by the density, as its paper does. mergekit by default matches each tensor's L1 norm
+  instead, which for short vectors may be far from that; with `rescale: false` it does neither. The
+  random numbers are ours: from the seed, the residual's place and the tensor's name, whatever the
+  order in which tensors are read. A probability is a multiple of 2^-16.
 """
 
 import math
