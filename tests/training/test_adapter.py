@@ -85,7 +85,7 @@ def test_an_adapter_stopped_and_resumed_equals_one_never_stopped(
 
 def test_an_adapter_for_other_weights_is_refused_by_hash(adapter: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=9)
-    with pytest.raises(ResidualError, match="was trained on the model sha256:"):
+    with pytest.raises(ResidualError, match="was trained on the model blake3:"):
         open_adapted(other, adapter)
 
 
