@@ -171,7 +171,10 @@ def matrices() -> dict[str, NDArray[np.float64]]:
 
 
 @pytest.mark.parametrize("kind", matrices())
-def test_rank_and_strength_are_those_of_the_singular_values(tmp_path: Path, kind: str) -> None:
+def test_rank_and_strength_are_those_of_the_singular_values(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection_module, "BLOCK_ELEMENTS", 12_345)
     residual = matrices()[kind]
     base = random_tensors(num_layers=1, dtype="F32") | {UP: matrices()["flat"].astype(np.float32)}
     family = Family.open(
@@ -235,7 +238,10 @@ def test_rows_belong_together_by_token_in_whatever_order_they_lie(
     assert found(result.whole) == pytest.approx(found(case.inspect().whole), rel=1e-5)
 
 
-def test_a_row_whose_token_one_side_lacks_is_left_out(case: Case, tmp_path: Path) -> None:
+def test_a_row_whose_token_one_side_lacks_is_left_out(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection_module, "BLOCK_ELEMENTS", 20)
     newer = plus(case.tensors[0], case.tensors[2])
     fewer = {
         name: numbers[:16] if name in (EMBEDDING, "lm_head.weight") else numbers

@@ -216,7 +216,6 @@ def inspect(
     for side in sides[1:]:
         _refuse_graft(side.checkpoint)
     known = np.logical_and.reduce([side.picks >= 0 for side in sides])
-    known[residual.whole_rows] = False
     sums: dict[str, _Sums] = {}
 
     lost = residual.record.figures.get("not_restored")
