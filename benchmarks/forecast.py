@@ -174,6 +174,8 @@ def outcomes(bench: Bench, lines: list[dict[str, Any]]) -> list[Outcome]:
         inspection = inspect(bench.residual, bench.base, newer_base=newer)
         whole, change = inspection.whole, inspection.whole.change
         assert change
+        assert change.relative_norm
+        assert whole.relative_norm
         assert change.cosine is not None
         assert change.sign_conflict is not None
         assert inspection.forecast.strength is not None

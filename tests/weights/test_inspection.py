@@ -131,6 +131,7 @@ def test_a_base_that_went_the_other_way_is_all_conflict(tmp_path: Path) -> None:
     whole = Case(tmp_path, base, instruct, newer).inspect().whole
     assert found(whole)["cosine"] == pytest.approx(-1, abs=1e-5)
     assert found(whole)["sign_conflict"] == 1
+    assert whole.relative_norm
     assert found(whole)["change"] == pytest.approx(2 * whole.relative_norm, rel=1e-4)
 
 
@@ -236,6 +237,17 @@ def test_rows_belong_together_by_token_in_whatever_order_they_lie(
     newer = save(tmp_path / "moved", moved, tokens=tuple(TOKENS[i] for i in order))
     result = inspect(case.residual, case.base, newer_base=newer)
     assert found(result.whole) == pytest.approx(found(case.inspect().whole), rel=1e-5)
+
+
+def test_where_the_base_is_zero_no_share_of_it_is_told(tmp_path: Path) -> None:
+    base = random_tensors(dtype="F32")
+    base[UP] = np.zeros_like(base[UP])
+    moved = nudged(base)
+    figures = Case(tmp_path, base, moved, moved).inspect().cells["mlp.up_proj"][1]
+    assert figures.change
+    assert (figures.relative_norm, figures.strength) == (None, None)
+    assert (figures.change.relative_norm, figures.change.strength) == (None, None)
+    assert figures.effective_rank is not None
 
 
 def test_a_row_whose_token_one_side_lacks_is_left_out(

@@ -65,7 +65,7 @@ class _Record(BaseModel):
 class Change(_Record):
     """What continued pre-training did to a part, and how it lies to the residual."""
 
-    relative_norm: float
+    relative_norm: float | None
     strength: float | None
     cosine: float | None
     """None where one of the two is zero."""
@@ -77,7 +77,8 @@ class Figures(_Record):
     """What was measured of a part of the residual; see the head of this file."""
 
     num_elements: int
-    relative_norm: float
+    relative_norm: float | None
+    """None where the base is zero; so is the change's."""
     strength: float | None
     """None without a matrix in the base that is not zero."""
     effective_rank: float | None
@@ -154,14 +155,14 @@ class _Sums:
     def figures(self, *, counted: bool, changed: bool) -> Figures:
         both = math.sqrt(self.residual * self.change)
         change = Change(
-            relative_norm=_rounded(_relative(self.change, self.base)),
+            relative_norm=_relative(self.change, self.base),
             strength=_mean(self.change_strengths),
             cosine=_rounded(self.product / both) if both else None,
             sign_conflict=_rounded(self.num_opposed / self.num_large) if self.num_large else None,
         )
         return Figures(
             num_elements=self.num_elements,
-            relative_norm=_rounded(_relative(self.residual, self.base)),
+            relative_norm=_relative(self.residual, self.base),
             strength=_mean(self.strengths),
             effective_rank=_mean(self.ranks),
             num_not_restored=self.num_not_restored if counted else None,
@@ -217,7 +218,6 @@ def inspect(
         _refuse_graft(side.checkpoint)
     known = np.logical_and.reduce([side.picks >= 0 for side in sides])
     sums: dict[str, _Sums] = {}
-
     lost = residual.record.figures.get("not_restored")
 
     def measure(name: str) -> None:
@@ -399,18 +399,19 @@ def forecast(strength: float | None) -> Forecast:
 
     Learned from runs of the pocket family: `benchmarks/forecast.py`, docs/inspection.md.
     """
+    low, high = LIMIT * (1 - NEAR), LIMIT * (1 + NEAR)
     rule = (
         f"In {NUM_RUNS} runs of the pocket family the graft kept {KEPT:.0%} of the instructions "
-        f"where that was below {LIMIT:.0%}, and lost more above it"
+        f"wherever that was below {low:.1%}, and nowhere above {high:.1%}"
     )
     moved = "the strongest direction of the layers' matrices"
     if strength is None:
         words = f"Name a newer base, to see how far continued pre-training moved {moved}. {rule}."
         return Forecast(outcome="open", strength=None, words=words)
     outcome: Literal["holds", "doubtful", "breaks"]
-    if strength < LIMIT * (1 - NEAR):
+    if strength < low:
         outcome, expected = "holds", "expect the graft to hold at scale 1"
-    elif strength > LIMIT * (1 + NEAR):
+    elif strength > high:
         outcome, expected = "breaks", "expect the graft to lose instructions; "
         expected += "train on with a lower learning rate, fewer tokens or more replay"
     else:
@@ -432,8 +433,8 @@ def module_of(name: str) -> str:
     return EXPERT.sub("", within).removesuffix(".weight")
 
 
-def _relative(square: float, base: float) -> float:
-    return math.sqrt(square / base) if base else 0.0
+def _relative(square: float, base: float) -> float | None:
+    return _rounded(math.sqrt(square / base)) if base else None
 
 
 def _mean(numbers: list[float]) -> float | None:
