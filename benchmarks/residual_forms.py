@@ -10,6 +10,7 @@ one of them. The setting is what the command line uses; without it BLAS' threads
 """
 
 import argparse
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -94,7 +95,7 @@ def distance(residual: Residual, whole: Residual) -> float:
             exact = b.astype(np.float64)
             lost += float(np.square(a - exact).sum())
             total += float(np.square(exact).sum())
-    return (lost / total) ** 0.5
+    return math.sqrt(lost / total)
 
 
 def pocket(out: Path, scale: float, seed: int) -> None:
