@@ -211,7 +211,7 @@ def test_the_forecast_rests_on_the_mean_strength_in_the_layers(case: Case) -> No
         (0.0, "holds", "by 0.0% of the base's own, on average: expect the graft to hold"),
         (0.9 * LIMIT * (1 - NEAR), "holds", "expect the graft to hold at scale 1"),
         (LIMIT, "doubtful", "it may go either way; evaluate"),
-        (1.1 * LIMIT * (1 + NEAR), "breaks", "lose instructions; train on with a lower"),
+        (1.1 * LIMIT * (1 + NEAR), "breaks", "lose instructions; pre-train again with a lower"),
         (None, "open", "Name a newer base"),
     ],
 )

@@ -19,7 +19,7 @@ TITLES = {
     "holds": "The graft should hold",
     "doubtful": "It may go either way",
     "breaks": "The graft will lose instructions",
-    "open": "Name a newer base to know",
+    "open": "Not known without a newer base",
 }
 ROLES = {
     "base": "the base that was subtracted",

@@ -413,7 +413,7 @@ def forecast(strength: float | None) -> Forecast:
         outcome, expected = "holds", "expect the graft to hold at scale 1"
     elif strength > high:
         outcome, expected = "breaks", "expect the graft to lose instructions; "
-        expected += "train on with a lower learning rate, fewer tokens or more replay"
+        expected += "pre-train again with a lower learning rate, fewer tokens or more replay"
     else:
         outcome, expected = "doubtful", "it may go either way; evaluate the graft before all else"
     words = (
