@@ -45,6 +45,8 @@ from fedgraft.weights.threshold import above, magnitudes, thresholds
 Name = Literal["plain", "ties", "dare", "dare_ties", "breadcrumbs"]
 DRAWS = 1 << 16
 """Values of a random number; a chance is one of them."""
+SIGN = np.uint32(1 << 31)
+"""The bits of two numbers, compared by exclusive or, are below it where the signs are the same."""
 
 
 class Addend(Protocol):
@@ -180,13 +182,13 @@ def combined(
         _scaled(_kept(name, n, addend, method), addend.tensors[name].num_elements, scale)
         for n, (addend, scale) in enumerate(zip(addends, scales, strict=True))
     ]
+    if method.name in ("ties", "dare_ties"):
+        yield from _agreed(zip(*kept, strict=True), mean=method.name == "ties")
+        return
     for first, *others in zip(*kept, strict=True):
-        if method.name in ("ties", "dare_ties"):
-            yield _agreed([first, *others], mean=method.name == "ties")
-        else:
-            for other in others:
-                first += other
-            yield first
+        for other in others:
+            first += other
+        yield first
 
 
 def _scaled(blocks: Iterable[Array], size: int, scale: float) -> Iterator[Floats]:
@@ -206,7 +208,8 @@ def _kept(name: str, place: int, addend: Addend, method: Method) -> Iterator[Arr
         case "plain":
             return addend.blocks(name)
         case "dare" | "dare_ties":
-            return _dropped(addend.blocks(name), method.density, method.seed, name, place)
+            random = np.random.SFC64(derive_seed(method.seed, "dare", place, name))
+            return _dropped(addend.blocks(name), method.density, random)
         case "ties":
             return _ranked(lambda: addend.blocks(name), 0, num_kept)
         case "breadcrumbs":
@@ -222,41 +225,43 @@ def _ranked(blocks: Callable[[], Iterable[Array]], first: int, last: int) -> Ite
         bits = magnitudes(block)
         mask = inner(bits)
         if first:
-            mask &= ~outer(bits)
+            mask ^= outer(bits)
         yield _masked(block, mask)
 
 
-def _dropped(
-    blocks: Iterable[Array], density: float, seed: int, name: str, place: int
-) -> Iterator[Array]:
+def _dropped(blocks: Iterable[Array], density: float, random: np.random.SFC64) -> Iterator[Floats]:
     """Keep each number with the chance `density`, and divide it by that."""
     chance = max(1, round(density * DRAWS))
-    source = np.random.SFC64(derive_seed(seed, "dare", place, name))
+    gain = np.float32(DRAWS / chance)
     for block in blocks:
-        draws = source.random_raw(-(-block.size // 4)).view(np.uint16)[: block.size]
-        yield _masked(block, draws < chance) * np.float32(DRAWS / chance)
+        draws = random.random_raw(-(-block.size // 4)).view(np.uint16)[: block.size]
+        yield np.multiply(_masked(block, draws < chance), gain, dtype=np.float32)
 
 
-def _masked(block: Array, mask: NDArray[np.bool_]) -> Floats:
-    wide: Floats = block.astype(np.float32, copy=False)
-    kept: Floats = np.multiply(wide.view(np.uint32), mask).view(np.float32)
-    return kept
+def _masked(block: Array, mask: NDArray[np.bool_]) -> Array:
+    """Put zeros in place, without a branch for each number."""
+    bits = block.view(f"u{block.itemsize}")
+    np.multiply(bits, mask, out=bits)
+    return block
 
 
-def _agreed(blocks: Sequence[Floats], *, mean: bool) -> Floats:
+def _agreed(rounds: Iterable[Sequence[Floats]], *, mean: bool) -> Iterator[Floats]:
     """Sum the numbers whose sign is that of the sum of all, or average them (TIES, section 3).
 
     Where the sum is zero, as in mergekit, the positive ones count.
     """
-    total: Floats = np.sum(blocks, axis=0)
-    positive = total >= 0
-    total[:] = 0
-    votes = np.zeros(total.size, np.float32)
-    for block in blocks:
-        agrees = (block > 0) == positive
-        agrees &= block != 0
-        total += _masked(block, agrees)
-        votes += agrees
-    if mean:
-        np.divide(total, votes, out=total, where=votes > 1)
-    return total
+    buffers = np.empty((2, BLOCK_ELEMENTS), np.float32)
+    for blocks in rounds:
+        total, agreed = buffers[:, : blocks[0].size]
+        np.copyto(total, blocks[0])
+        for block in blocks[1:]:
+            total += block
+        agreed[:] = 0
+        votes = np.zeros(total.size, np.uint8)
+        for block in blocks:
+            bits = block.view(np.uint32) ^ total.view(np.uint32)
+            agreed += _masked(block, bits < SIGN)
+            votes += block != 0
+        if mean:
+            agreed /= np.maximum(votes, 1, out=votes)
+        yield agreed

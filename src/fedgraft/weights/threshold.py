@@ -10,13 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.weights.arithmetic import Floats
-from fedgraft.weights.checkpoint import Array
+from fedgraft.weights.checkpoint import DTYPES, Array
 
-Bits = NDArray[np.uint32]
+Bits = NDArray[np.unsignedinteger]
 Counts = NDArray[np.int64]
-MAGNITUDE = np.uint32(0x7FFFFFFF)
-"""All bits of a float32 but its sign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +21,13 @@ class Threshold:
     """What divides the k largest numbers from the others."""
 
     bits: int
-    """Of the smallest magnitude among the k."""
+    """Of the smallest magnitude among the k, in float32."""
     num_equal: int
     """How many of just that magnitude are among the k: the first ones."""
+
+
+NOTHING = Threshold(0x7FFFFFFF, 0)
+"""What divides the 0 largest from the others."""
 
 
 def thresholds(blocks: Callable[[], Iterable[Array]], ranks: Sequence[int]) -> list[Threshold]:
@@ -35,24 +36,28 @@ def thresholds(blocks: Callable[[], Iterable[Array]], ranks: Sequence[int]) -> l
     `blocks` gives the tensor's numbers anew, flat; it is called once, or twice where the numbers
     have more bits than bfloat16. No k may be larger than there are numbers; for 0 nothing is above.
     """
-    upper = np.zeros(1 << 15, np.int64)
-    has_lower = False
-    for numbers in blocks():
-        bits = magnitudes(numbers)
-        upper += np.bincount(_upper(bits), minlength=upper.size)
-        has_lower = has_lower or numbers.itemsize > 2
-    places = [_bin_from_top(upper, k) for k in ranks]
-    lower = {high: np.zeros(1 << 16, np.int64) for high, _ in places}
-    if not has_lower:
-        return [Threshold(high << 16, left) for high, left in places]
-    for numbers in blocks():
-        bits = magnitudes(numbers)
-        upper_bits = _upper(bits)
+    upper, wide = np.zeros(1 << 15, np.int64), False
+    for block in blocks():
+        bits = magnitudes(block)
+        wide = bits.itemsize > 2
+        bins = np.right_shift(bits, 16 if wide else 0, dtype=np.int64, casting="unsafe")
+        upper += np.bincount(bins, minlength=upper.size)
+    found = {k: _bin_from_top(upper, k) for k in ranks if k}
+    if not wide:
+        return [Threshold(found[k][0] << 16, found[k][1]) if k else NOTHING for k in ranks]
+    lower = {high: np.zeros(1 << 16, np.int64) for high, _ in found.values()}
+    for block in blocks():
+        bits = magnitudes(block)
         for high, counts in lower.items():
-            inside = bits[upper_bits == high] & np.uint32(0xFFFF)
-            counts += np.bincount(inside, minlength=counts.size)
-    found = [(high, *_bin_from_top(lower[high], left)) for high, left in places]
-    return [Threshold(high << 16 | low, left) for high, low, left in found]
+            # Lower bits of zero are the most frequent (in zeros themselves); they are left over.
+            others = bits - np.uint32((high << 16) + 1)
+            np.add.at(counts, others[others < (1 << 16) - 1] + np.uint32(1), 1)
+    for high, counts in lower.items():
+        counts[0] = upper[high] - counts.sum()
+    exact = {k: (high, *_bin_from_top(lower[high], left)) for k, (high, left) in found.items()}
+    return [
+        Threshold(exact[k][0] << 16 | exact[k][1], exact[k][2]) if k else NOTHING for k in ranks
+    ]
 
 
 def above(threshold: Threshold) -> Callable[[Bits], NDArray[np.bool_]]:
@@ -61,30 +66,30 @@ def above(threshold: Threshold) -> Callable[[Bits], NDArray[np.bool_]]:
 
     def largest(bits: Bits) -> NDArray[np.bool_]:
         nonlocal left
-        inside = bits > threshold.bits
+        cut = threshold.bits >> (32 - 8 * bits.itemsize)
+        inside = bits > cut
         if left:
-            equal = np.flatnonzero(bits == threshold.bits)[:left]
-            inside[equal] = True
-            left -= equal.size
+            equal = bits == cut
+            num_equal = int(np.count_nonzero(equal))
+            if num_equal > left:
+                equal[np.flatnonzero(equal)[left:]] = False
+            inside |= equal
+            left -= min(left, num_equal)
         return inside
 
     return largest
 
 
 def magnitudes(numbers: Array) -> Bits:
-    """Return the bits of |numbers| in float32."""
-    wide: Floats = numbers.astype(np.float32, copy=False)
-    return np.bitwise_and(wide.view(np.uint32), MAGNITUDE)
-
-
-def _upper(bits: Bits) -> Counts:
-    return np.right_shift(bits, 16, dtype=np.int64, casting="unsafe")
+    """Return the bits of |numbers|, without the sign: 16 for bfloat16, 32 for float32."""
+    assert numbers.dtype in (DTYPES["BF16"], DTYPES["F32"]), f"numbers of {numbers.dtype}"
+    all_but_sign = (1 << (8 * numbers.itemsize - 1)) - 1
+    bits: Bits = numbers.view(f"u{numbers.itemsize}")
+    return np.bitwise_and(bits, all_but_sign)
 
 
 def _bin_from_top(counts: Counts, k: int) -> tuple[int, int]:
     """Return the bin that the k-th largest lies in, and how many of that bin are among the k."""
-    if k == 0:
-        return counts.size - 1, 0
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, k))
     return counts.size - 1 - place, int(k - from_top[place] + counts[::-1][place])
