@@ -27,15 +27,15 @@ NAME = "w"
 class Held:
     """A residual of one tensor, in memory."""
 
-    def __init__(self, numbers: Sequence[float] | Floats, block: int = 5) -> None:
+    def __init__(self, numbers: Sequence[float] | Floats, block: int = 5, name: str = NAME) -> None:
         self.numbers = np.asarray(numbers, np.float32)
         self.block = block
         self.tensors = {
-            NAME: TensorInfo(dtype="F32", shape=(self.numbers.size,), file=Path(), start=0)
+            name: TensorInfo(dtype="F32", shape=(self.numbers.size,), file=Path(), start=0)
         }
 
     def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
-        assert name == NAME
+        assert name in self.tensors
         for first in range(0, self.numbers.size, min(self.block, num_elements)):
             yield self.numbers[first : first + self.block].copy()
 
@@ -139,8 +139,19 @@ def test_dare_keeps_the_share_and_the_mean_and_no_two_residuals_alike() -> None:
     both = merged([ones, ones], [1.0, 1.0], method)
     alike = np.count_nonzero(both == 2 * both[both > 0].min()) / both.size
     assert alike == pytest.approx(0.09, abs=0.01)  # both kept, by chance alone
-    other = merged([ones], [1.0], method.model_copy(update={"seed": 8}))
-    assert np.mean((other != 0) == (first != 0)) == pytest.approx(0.58, abs=0.02)
+    reseeded = merged([ones], [1.0], method.model_copy(update={"seed": 8}))
+    elsewhere = np.concatenate(
+        [block.copy() for block in combined("v", [Held(ones, name="v")], [1.0], method)]
+    )
+    for other in (reseeded, elsewhere):
+        assert np.mean((other != 0) == (first != 0)) == pytest.approx(0.58, abs=0.02)
+
+
+def test_dare_keeps_few_where_few_are_asked_for() -> None:
+    ones = Held(np.ones(1 << 22, np.float32), block=BLOCK_ELEMENTS)
+    method = Method(name="dare", density=2**-16)
+    num_kept = sum(np.count_nonzero(block) for block in combined(NAME, [ones], [1.0], method))
+    assert 32 < num_kept < 96  # 64 on average
 
 
 def test_dare_ties_sums_the_agreeing() -> None:

@@ -17,7 +17,7 @@ def split(numbers: Array, size: int) -> list[Array]:
 @given(
     numbers=st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False)
-        | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001]),
+        | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 0.99999994]),
         min_size=1,
         max_size=40,
     ),
@@ -47,3 +47,11 @@ def test_many_numbers_are_divided_exactly(k: int) -> None:
     found = above(threshold)(magnitudes(tensor))
     assert found.sum() == k
     assert np.abs(tensor[found]).min() >= np.abs(tensor[~found]).max(initial=0)
+
+
+def test_magnitudes_around_a_step_of_the_upper_bits_are_told_apart() -> None:
+    one = np.float32(1)
+    tensor = np.array([one, np.nextafter(one, 0), np.nextafter(one, 2), -one], np.float32)
+    for k, expected in enumerate(([2], [0, 2], [0, 2, 3], [0, 1, 2, 3]), start=1):
+        (threshold,) = thresholds(lambda: [tensor], [k])
+        assert np.flatnonzero(above(threshold)(magnitudes(tensor))).tolist() == expected
