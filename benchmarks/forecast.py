@@ -5,7 +5,7 @@
 In each run the pocket base reads on, with its own text, tokens, learning rate, replay and seed; the
 residual is added, and the share of validation dialogues followed in full is counted. A run is a
 line of `runs.jsonl`; its newer base stays beside it. Run again, the script goes on where it was
-stopped. About an hour of one core.
+stopped. About 45 minutes of one core.
 """
 
 import argparse

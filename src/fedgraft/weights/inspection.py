@@ -46,7 +46,7 @@ from fedgraft.weights.family import Kind, anatomy_of, has_rows, kind_of, layer_o
 from fedgraft.weights.residual import Residual
 
 NUM_PROBES = 32
-KEPT, LIMIT, NEAR, NUM_RUNS = 0.85, 0.117, 0.15, 30
+KEPT, LIMIT, NEAR, NUM_RUNS = 0.85, 0.117, 0.15, 24
 """Share of the instructions kept that counts as held; the strength of the change at which runs of
 the pocket family went from one to the other; the share of it within which nothing is promised."""
 SERIAL = 1 << 18
