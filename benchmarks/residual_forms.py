@@ -28,11 +28,11 @@ from fedgraft.models import open_model, open_tokenizer
 from fedgraft.study.arms import Material
 from fedgraft.study.study import Study
 from fedgraft.training.adapter import open_adapted
-from fedgraft.weights.checkpoint import each_tensor
 from fedgraft.weights.compression import compress, write_adapter
 from fedgraft.weights.family import Family
 from fedgraft.weights.live import Live, applied
 from fedgraft.weights.residual import Residual, extract
+from fedgraft.weights.workers import each_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -477,7 +477,7 @@ def test_what_is_written_is_read_back_on_demand(
 
     written = writer.write_tensors
 
-    def faulty(folder: Path, *arguments: Any) -> str:
+    def faulty(folder: Path, *arguments: Any) -> writer.Written:
         content = written(folder, *arguments)
         with (folder / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)

@@ -5,7 +5,9 @@ the arithmetic.
 """
 
 import math
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +58,18 @@ def all_finite(numbers: Array) -> bool:
     They are the largest of the positive numbers read as signed integers, and of the negative ones
     read as unsigned integers.
     """
-    signed, unsigned = f"i{numbers.itemsize}", f"u{numbers.itemsize}"
-    plus, minus = np.array([np.inf, -np.inf]).astype(numbers.dtype).view(unsigned)
-    return bool(
-        numbers.view(signed).max(initial=0) < plus and numbers.view(unsigned).max(initial=0) < minus
-    )
+    if not numbers.size:
+        return True
+    signed, unsigned, plus, minus = _infinities(numbers.dtype)
+    highest = np.maximum.reduce
+    return bool(highest(numbers.view(signed)) < plus and highest(numbers.view(unsigned)) < minus)
+
+
+@cache
+def _infinities(dtype: np.dtype[Any]) -> tuple[str, str, int, int]:
+    """How a dtype's bits are read as integers, signed and unsigned, and what the infinities are."""
+    bits = np.array([np.inf, -np.inf]).astype(dtype).view(f"u{dtype.itemsize}")
+    return f"i{dtype.itemsize}", f"u{dtype.itemsize}", int(bits[0]), int(bits[1])
 
 
 def lost(restored: Floats, wanted: Floats, exact: Array) -> NDArray[np.int64]:

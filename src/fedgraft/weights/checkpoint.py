@@ -6,11 +6,12 @@ cache, so memory does not grow with the model; pickles are never opened.
 """
 
 import json
+import math
+import mmap
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,8 +25,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fedgraft.errors import CheckpointError
-from fedgraft.progress import Advance, progress
 from fedgraft.provenance import Record
+from fedgraft.weights.workers import each_tensor
 
 Array = NDArray[Any]
 
@@ -33,7 +34,7 @@ Fill = Callable[[int, Array], None]
 """Fills a flat array with a tensor's numbers, from the given index on."""
 
 BLOCK_ELEMENTS = 1 << 16
-"""Numbers in a block: 128 KB of bfloat16; the few that arithmetic needs stay in a core's cache."""
+"""Numbers in a block: 256 KB of bfloat16; the few that arithmetic needs stay in a core's cache."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
@@ -54,8 +55,6 @@ CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
-SHOWN_FROM = 500.0
-"""Megabytes from which on progress is shown; fewer take less than a second."""
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -73,7 +72,7 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +88,7 @@ class TensorFiles:
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(sorted(tensors.items())))
-        self._digests: dict[str, bytes] = {}
+        self._digests: Digests | dict[str, bytes] = Digests(self.tensors)
 
     def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
         """Yield the tensor's numbers in order, flat, in arrays of at most `num_elements`.
@@ -99,14 +98,15 @@ class TensorFiles:
         """
         info = self.tensors[name]
         digest = None if name in self._digests else blake3()
-        buffer = np.empty(min(num_elements, info.num_elements), DTYPES[info.dtype])
+        size = info.num_elements
+        buffer = np.empty(min(num_elements, size), DTYPES[info.dtype])
         with self._opened(name) as fill:
-            for first in range(0, info.num_elements, num_elements):
-                block = buffer[: info.num_elements - first]
+            for first in range(0, size, num_elements):
+                block = buffer[: size - first]
                 fill(first, block)
                 if digest:
                     digest.update(block.view(np.uint8).data)
-                    if first + block.size == info.num_elements:
+                    if first + block.size == size:
                         self._digests[name] = digest.digest()
                 yield block
 
@@ -147,9 +147,12 @@ class TensorFiles:
     @cached_property
     def content_hash(self) -> str:
         """Hash of names, dtypes, shapes and numbers: the same for any layout in files."""
-        unread = self.tensors.keys() - self._digests.keys()
-        sizes = {name: self.tensors[name].num_bytes for name in unread}
-        each_tensor(f"hashing {self.path.name}", sizes, self._exhaust)
+        unread = {
+            name: info.num_bytes
+            for name, info in self.tensors.items()
+            if info.num_bytes and name not in self._digests
+        }
+        each_tensor(f"hashing {self.path.name}", unread, self._exhaust)
         return hash_tensors({n: (i.dtype, i.shape) for n, i in self.tensors.items()}, self._digests)
 
     def _exhaust(self, name: str) -> None:
@@ -176,8 +179,30 @@ class TensorFiles:
             yield fill
 
 
+class Digests:
+    """The digest of each tensor that was read, in memory that forked workers share."""
+
+    SIZE = 32
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._places = {name: n * (1 + self.SIZE) for n, name in enumerate(names)}
+        self._memory = mmap.mmap(-1, max(1, len(self._places) * (1 + self.SIZE)))
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._memory[self._places[name]])
+
+    def get(self, name: str, default: bytes) -> bytes:
+        first = self._places[name] + 1
+        return self._memory[first : first + self.SIZE] if name in self else default
+
+    def __setitem__(self, name: str, digest: bytes) -> None:
+        first = self._places[name] + 1
+        self._memory[first : first + self.SIZE] = digest
+        self._memory[first - 1] = 1  # last, so that nobody reads half a digest
+
+
 def hash_tensors(
-    layout: Mapping[str, tuple[str, tuple[int, ...]]], digests: Mapping[str, bytes]
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], digests: "Digests | Mapping[str, bytes]"
 ) -> str:
     """Content hash of tensors by name, dtype, shape and the BLAKE3 digest of their numbers."""
     nothing = blake3().digest()
@@ -236,19 +261,6 @@ class Checkpoint(TensorFiles):
             f"{self.path}: config.json ties the embeddings, but {OUTPUT_LAYER!r} is stored with "
             f"other numbers than {embedding!r}; set tie_word_embeddings to false if both are meant"
         )
-
-
-def each_tensor(label: str, num_bytes: Mapping[str, int], work: Callable[[str], object]) -> None:
-    """Do `work` for each tensor, in the order of the names, a few at a time."""
-    ordered = sorted(num_bytes)
-    megabytes = sum(num_bytes.values()) / 1e6
-    silence = nullcontext[Advance](lambda *_, **__: None)
-    with (
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
-        progress(label, megabytes, "MB") if megabytes > SHOWN_FROM else silence as advance,
-    ):
-        for name, _ in zip(ordered, pool.map(work, ordered), strict=True):
-            advance(num_bytes[name] / 1e6)
 
 
 def is_tied(config: Mapping[str, Any], names: Container[str]) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from fedgraft.errors import ResidualError
 from fedgraft.provenance import Record, derive_seed, new_artefact
 from fedgraft.weights.arithmetic import Floats, squared_norm
-from fedgraft.weights.checkpoint import TensorFiles, each_tensor, read_tensors
+from fedgraft.weights.checkpoint import TensorFiles, read_tensors
 from fedgraft.weights.family import has_rows
 from fedgraft.weights.forms import (
     FRAME,
@@ -30,6 +30,7 @@ from fedgraft.weights.forms import (
 from fedgraft.weights.lowrank import low_rank
 from fedgraft.weights.residual import EXCEPTIONS, INSTRUCT, PREFIX, Residual
 from fedgraft.weights.threshold import above, magnitudes, thresholds
+from fedgraft.weights.workers import each_tensor
 from fedgraft.weights.writer import write_growing, write_tensors
 
 SmallForm = Literal["packed", "lowrank", "sign", "int8", "sparse"]
@@ -105,7 +106,7 @@ def compress(
                 return packed_parts(shape, _largest(residual, name, density))
 
     with new_artefact(out, overwrite=overwrite) as folder:
-        content = write_growing(folder, _sizes(residual), parts, prefix=PREFIX)
+        content = write_growing(folder, _sizes(residual), parts, prefix=PREFIX).content
         shutil.copytree(residual.companions, folder / INSTRUCT)
         if form == "packed":
             for file in residual.path.glob(f"{EXCEPTIONS}*.safetensors*"):
@@ -174,7 +175,7 @@ def write_adapter(
         factors = TensorFiles(workshop, read_tensors(workshop, PREFIX))
         content = write_tensors(
             folder, layout, lambda name: factors.blocks(places[name]), prefix="adapter_model"
-        )
+        ).content
         record = Record.make(
             "adapter",
             inputs={"base": residual.base_hash, "residual": residual.content_hash},
@@ -208,10 +209,9 @@ class _Squares:
 
 def _squares(residual: Residual, small: Residual) -> Mapping[str, _Squares]:
     """Compare what comes back with what was there; a tensor that is not stored is lost whole."""
-    squares = {name: _Squares() for name in residual.tensors}
 
-    def compare(name: str) -> None:
-        sums = squares[name]
+    def compare(name: str) -> _Squares:
+        sums = _Squares()
         found = small.blocks(name, FRAME) if name in small.tensors else None
         for block in residual.blocks(name, FRAME):
             numbers = block.astype(np.float32, copy=False)
@@ -219,9 +219,9 @@ def _squares(residual: Residual, small: Residual) -> Mapping[str, _Squares]:
             sums.whole += squared_norm(numbers, name, residual.path)
             sums.decoded += squared_norm(back, name, residual.path)
             sums.lost += squared_norm(numbers - back, name, residual.path)
+        return sums
 
-    each_tensor("comparing", _sizes(residual), compare)
-    return squares
+    return each_tensor("comparing", _sizes(residual), compare)
 
 
 def _total(squares: Mapping[str, _Squares], which: Literal["whole", "decoded", "lost"]) -> float:

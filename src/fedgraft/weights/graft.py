@@ -145,7 +145,7 @@ def graft(
             yield grafted
 
     with new_artefact(out, overwrite=overwrite) as folder:
-        content = write_tensors(folder, layout, blocks)
+        content = write_tensors(folder, layout, blocks).content
         for addend in addends:
             addend.refuse_damage()
         ancestors.add(checkpoint.content_hash)

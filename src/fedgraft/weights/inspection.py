@@ -41,9 +41,10 @@ from pydantic import BaseModel, ConfigDict
 
 from fedgraft.errors import ResidualError
 from fedgraft.weights.arithmetic import Floats, squared_norm, widen
-from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, Array, Checkpoint, TensorInfo, each_tensor
+from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, Array, Checkpoint, TensorInfo
 from fedgraft.weights.family import Kind, anatomy_of, has_rows, kind_of, layer_of
 from fedgraft.weights.residual import Residual
+from fedgraft.weights.workers import each_tensor
 
 NUM_PROBES = 32
 KEPT, LIMIT, NEAR, NUM_RUNS = 0.85, 0.117, 0.15, 24
@@ -217,15 +218,15 @@ def inspect(
     for side in sides[1:]:
         _refuse_graft(side.checkpoint)
     known = np.logical_and.reduce([side.picks >= 0 for side in sides])
-    sums: dict[str, _Sums] = {}
     lost = residual.record.figures.get("not_restored")
 
-    def measure(name: str) -> None:
-        sums[name] = _measure(name, residual, sides, known)
-        sums[name].num_not_restored = (lost or {}).get(name, 0)
+    def measure(name: str) -> _Sums:
+        found = _measure(name, residual, sides, known)
+        found.num_not_restored = (lost or {}).get(name, 0)
+        return found
 
     sizes = {name: info.num_bytes for name, info in residual.tensors.items()}
-    each_tensor(f"inspecting {residual.path.name}", sizes, measure)
+    sums = each_tensor(f"inspecting {residual.path.name}", sizes, measure)
     old = sides[0].checkpoint
     if old.content_hash != residual.base_hash:
         raise ResidualError(

@@ -26,13 +26,13 @@ from fedgraft.weights.checkpoint import (
     Checkpoint,
     Fill,
     TensorInfo,
-    each_tensor,
     is_tied,
 )
 from fedgraft.weights.family import anatomy_of, has_rows
 from fedgraft.weights.merging import PLAIN, combined
 from fedgraft.weights.residual import Difference, Residual
 from fedgraft.weights.rows import RowMap
+from fedgraft.weights.workers import each_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +162,7 @@ class Applied:
 
     def _each(self, label: str, work: Callable[[str], None]) -> None:
         sizes = {name: info.num_bytes for name, info in self.live.tensors.items()}
-        each_tensor(f"{label} {self.residual.path.name}", sizes, work)
+        each_tensor(f"{label} {self.residual.path.name}", sizes, work, in_memory=True)
 
     def _addends(self, name: str) -> Iterator[Array]:
         """What is added to each block of a tensor, in float32."""

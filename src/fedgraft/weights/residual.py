@@ -12,7 +12,7 @@ carried whole.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,12 +31,12 @@ from fedgraft.weights.checkpoint import (
     Fill,
     TensorFiles,
     TensorInfo,
-    each_tensor,
     read_config,
     read_tensors,
 )
 from fedgraft.weights.family import Anatomy, Family, has_rows
-from fedgraft.weights.forms import Parts, logical, opened, packed_parts
+from fedgraft.weights.forms import FRAME, Parts, logical, opened, packed_parts
+from fedgraft.weights.workers import each_tensor
 from fedgraft.weights.writer import Layout, copy_companions, write_growing, write_tensors
 
 PREFIX, EXCEPTIONS = "residual", "exceptions"
@@ -261,6 +261,7 @@ class _Figures:
     squared_residual: float = 0.0
     squared_base: float = 0.0
     num_not_restored: int = 0
+    exceptions: list[Exceptions] = field(default_factory=list)
 
 
 def extract(
@@ -278,14 +279,13 @@ def extract(
         raise ResidualError(f"expected a form among {', '.join(get_args(Form))}, found {form!r}")
     base, instruct, difference = family.base, family.instruct, Difference(family)
     seen = {name: _Figures() for name in difference.tensors}
-    carried: dict[str, list[Exceptions]] = {name: [] for name in difference.tensors}
 
-    def stored(name: str, dtype: str) -> Iterator[Array]:
+    def stored(name: str, dtype: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
         """The difference as it is stored; what it restores is measured as it passes."""
         figures, first = seen[name], 0
-        size = min(BLOCK_ELEMENTS, difference.tensors[name].num_elements)
+        size = min(num_elements, difference.tensors[name].num_elements)
         small, wide = np.empty(size, DTYPES[dtype]), np.empty(size, np.float32)
-        for step in difference.steps(name):
+        for step in difference.steps(name, num_elements):
             figures.squared_base += squared_norm(step.before, name, base.path)
             figures.squared_residual += squared_norm(step.residual, name, instruct.path)
             block: Array = step.residual
@@ -297,23 +297,29 @@ def extract(
             amiss = lost(restored, step.after, step.new)
             figures.num_not_restored += amiss.size
             if amiss.size and form in CARRYING:
-                carried[name].append(Exceptions(first + amiss, step.old[amiss], step.new[amiss]))
+                carried = Exceptions(first + amiss, step.old[amiss], step.new[amiss])
+                figures.exceptions.append(carried)
             first += block.size
             yield block
 
     def packed(name: str) -> Parts:
-        return packed_parts(difference.tensors[name].shape, stored(name, "F32"))
+        return packed_parts(difference.tensors[name].shape, stored(name, "F32", FRAME))
 
     num_bytes = {name: info.num_bytes for name, info in difference.tensors.items()}
     with new_artefact(out, overwrite=overwrite) as folder:
         if form == "packed":
-            content = write_growing(folder, num_bytes, packed, prefix=PREFIX)
+            written = write_growing(
+                folder, num_bytes, packed, prefix=PREFIX, report=seen.__getitem__
+            )
         else:
             layout = _layout(difference, form)
-            content = write_tensors(
-                folder, layout, lambda name: stored(name, layout[name][0]), prefix=PREFIX
-            )
-        _write_exceptions(folder, carried)
+
+            def plain(name: str) -> Iterator[Array]:
+                return stored(name, layout[name][0])
+
+            written = write_tensors(folder, layout, plain, prefix=PREFIX, report=seen.__getitem__)
+        seen = dict(written.reports)
+        _write_exceptions(folder, {name: f.exceptions for name, f in seen.items()})
         (folder / INSTRUCT).mkdir()
         copy_companions(instruct.path, folder / INSTRUCT)
         not_restored = {name: f.num_not_restored for name, f in seen.items()}
@@ -328,7 +334,7 @@ def extract(
                 "num_elements": instruct.num_parameters,
                 "num_not_restored": sum(not_restored.values()),
                 "not_restored": {name: n for name, n in not_restored.items() if n},
-                "content": content,
+                "content": written.content,
             },
         ).write(folder)
     return Residual.open(out)
@@ -363,21 +369,21 @@ def verify(residual: Residual, family: Family) -> Verification:
             f"the residual {residual.path} does not fit {family.instruct.path}: {difference}. Name "
             "the two checkpoints that it was extracted from"
         )
-    not_restored = dict.fromkeys(residual.tensors, 0)
 
-    def check(name: str) -> None:
-        exceptions, first = residual.exceptions.get(name), 0
+    def check(name: str) -> int:
+        exceptions, first, num_lost = residual.exceptions.get(name), 0, 0
         wide = np.empty(min(BLOCK_ELEMENTS, residual.tensors[name].num_elements), np.float32)
         for step, block in zip(Difference(family).steps(name), residual.blocks(name), strict=True):
             restored = np.add(step.before, widen(block, wide), out=step.before)
             amiss = first + lost(restored, step.after, step.new)
             if exceptions:
                 amiss = np.setdiff1d(amiss, exceptions.index, assume_unique=True)
-            not_restored[name] += amiss.size
+            num_lost += amiss.size
             first += block.size
+        return num_lost
 
     sizes = {name: info.num_bytes for name, info in family.instruct.tensors.items()}
-    each_tensor(f"verifying {residual.path.name}", sizes, check)
+    not_restored = each_tensor(f"verifying {residual.path.name}", sizes, check)
     return Verification(
         parents={
             "base": (residual.base_hash, family.base.content_hash),
@@ -393,18 +399,18 @@ def _layout(difference: Difference, form: Form) -> Layout:
     """Choose each tensor's dtype; for `auto` bfloat16 where it restores the tensor exactly."""
     dtypes = dict.fromkeys(difference.tensors, "BF16" if form == "bfloat16" else "F32")
 
-    def choose(name: str) -> None:
+    def choose(name: str) -> str:
         size = min(BLOCK_ELEMENTS, difference.tensors[name].num_elements)
         small, wide = np.empty(size, DTYPES["BF16"]), np.empty(size, np.float32)
         for step in difference.steps(name):
             rounded = widen(narrow(step.residual, small), wide)
             if lost(np.add(step.before, rounded, out=step.before), step.after, step.new).size:
-                return
-        dtypes[name] = "BF16"
+                return "F32"
+        return "BF16"
 
     if form == "auto":
         sizes = {name: info.num_bytes for name, info in difference.tensors.items()}
-        each_tensor("choosing dtypes", sizes, choose)
+        dtypes = each_tensor("choosing dtypes", sizes, choose)
     return {name: (dtypes[name], info.shape) for name, info in difference.tensors.items()}
 
 

@@ -9,18 +9,32 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from fedgraft.errors import ArtefactError
-from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, DTYPES, Array, each_tensor, hash_tensors
+from fedgraft.weights.checkpoint import BLOCK_ELEMENTS, DTYPES, Array, hash_tensors
+from fedgraft.weights.workers import each_tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> dtype (as safetensors names it) and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a writer tells."""
+
+    content: str
+    """Content hash of what was written."""
+    reports: Mapping[str, Any]
+    """By tensor, what `report` returned."""
+
 
 COMPANIONS = (
     "config.json",
@@ -45,11 +59,12 @@ def write_tensors(
     *,
     prefix: str = "model",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> str:
+    report: Callable[[str], Any] = lambda _: None,
+) -> Written:
     """Write each tensor of `layout` from `blocks(name)`: its numbers in order, flat, of its dtype.
 
-    Tensors are written a few at a time, on as many threads; `blocks` must allow that. Returns the
-    content hash of what was written.
+    Several workers write, see workers.py; what `blocks` finds out on the way is lost, unless
+    `report` returns it, which is called by the same worker when a tensor is written.
 
     Raises ArtefactError where the disk has less room than the tensors need.
     """
@@ -83,9 +98,7 @@ def write_tensors(
         (folder / file).write_bytes(header)
         places |= {name: (folder / file, len(header) + start) for name, start in starts.items()}
 
-    digests: dict[str, bytes] = {}
-
-    def write(name: str) -> None:
+    def write(name: str) -> tuple[bytes, Any]:
         path, start = places[name]
         num_written, digest = 0, blake3()
         with path.open("r+b", buffering=0) as stream:
@@ -98,10 +111,13 @@ def write_tensors(
                 while left:
                     left = left[stream.write(left) :]
         assert num_written == num_bytes[name], f"{name}: {num_written} of {num_bytes[name]} bytes"
-        digests[name] = digest.digest()
+        return digest.digest(), report(name)
 
-    each_tensor(f"writing {prefix}", num_bytes, write)
-    return hash_tensors(layout, digests)
+    written = each_tensor(f"writing {prefix}", num_bytes, write)
+    return Written(
+        content=hash_tensors(layout, {name: digest for name, (digest, _) in written.items()}),
+        reports={name: reported for name, (_, reported) in written.items()},
+    )
 
 
 def write_growing(
@@ -111,12 +127,13 @@ def write_growing(
     *,
     prefix: str = "model",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> str:
+    report: Callable[[str], Any] = lambda _: None,
+) -> Written:
     """Write tensors whose sizes are known only once they are made, such as compressed ones.
 
-    They are made a few at a time, on as many threads, into files that are gone at the end, and laid
-    out by `write_tensors` once their sizes are known: the same parts give the same bytes. Returns
-    the content hash of what was written.
+    They are made by several workers, into files that are gone at the end, and laid out by
+    `write_tensors` once their sizes are known: the same parts give the same bytes. `report` is
+    called by the worker that has made a tensor's parts.
 
     Args:
         num_bytes: By name, what has to be worked through; for the progress that is shown.
@@ -125,13 +142,13 @@ def write_growing(
 
     Raises ArtefactError where the disk has not as much room again as the parts take.
     """
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as workshop:
 
         def place(tensor: str) -> Path:
             return Path(workshop, blake3(tensor.encode()).hexdigest())
 
-        def make(name: str) -> None:
+        def make(name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], Any]:
+            made_parts: dict[str, tuple[str, tuple[int, ...]]] = {}
             for part, dtype, made in parts(name):
                 tensor, size = f"{name}.{part}", 0
                 with place(tensor).open("wb") as stream:
@@ -139,7 +156,8 @@ def write_growing(
                         assert block.dtype == DTYPES[dtype], f"{tensor}: a block of {block.dtype}"
                         size += block.size
                         stream.write(block.view(np.uint8).data)
-                layout[tensor] = dtype, (size,)
+                made_parts[tensor] = dtype, (size,)
+            return made_parts, report(name)
 
         def blocks(tensor: str) -> Iterator[Array]:
             with place(tensor).open("rb", buffering=0) as stream:
@@ -147,8 +165,14 @@ def write_growing(
                     yield np.frombuffer(data, DTYPES[layout[tensor][0]])
             place(tensor).unlink()
 
-        each_tensor(f"writing {prefix}", num_bytes, make)
-        return write_tensors(folder, layout, blocks, prefix=prefix, max_shard_bytes=max_shard_bytes)
+        made = each_tensor(f"making {prefix}", num_bytes, make)
+        layout = {
+            tensor: form for parts_made, _ in made.values() for tensor, form in parts_made.items()
+        }
+        written = write_tensors(
+            folder, layout, blocks, prefix=prefix, max_shard_bytes=max_shard_bytes
+        )
+    return Written(written.content, {name: reported for name, (_, reported) in made.items()})
 
 
 def copy_companions(source: Path, folder: Path) -> None:
