@@ -20,7 +20,7 @@ from tests.weights.checkpoints import DTYPES, Tensors, nudged, random_tensors, s
 from fedgraft.errors import ArtefactError, CheckpointError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
 from fedgraft.weights import residual as residual_module
-from fedgraft.weights.arithmetic import all_finite
+from fedgraft.weights.arithmetic import all_finite, lost
 from fedgraft.weights.checkpoint import Array, Checkpoint, TensorFiles
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
@@ -404,3 +404,30 @@ def test_verification_compares_hashes_and_adds_up(tmp_path: Path) -> None:
         ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"
     ):
         verify(rounded, Family.open(small, small))
+
+
+NUMBERS = st.integers(0, 2**32 - 1).filter(lambda word: word & 0x7F800000 != 0x7F800000)
+
+
+@given(
+    words=st.lists(NUMBERS, min_size=1, max_size=8),
+    steps=st.lists(st.sampled_from([0, 1, -1, 0x7FFF, 0x8000, -0x8000, 0x8001, 1 << 31])),
+    dtype=st.sampled_from(sorted(DTYPES)),
+)
+def test_what_is_lost_is_what_does_not_round_to_the_number(
+    words: list[int], steps: list[int], dtype: str
+) -> None:
+    with np.errstate(over="ignore"):
+        exact = np.array(words, np.uint32).view(np.float32).astype(DTYPES[dtype])
+    exact = np.where(np.isfinite(exact), exact, np.zeros_like(exact))
+    wanted = exact.astype(np.float32)
+    moved = np.resize(np.array(steps or [0], np.int64), wanted.size)
+    restored = ((wanted.view(np.uint32).astype(np.int64) + moved) % 2**32).astype(np.uint32)
+    restored = np.where(restored & 0x7F800000 == 0x7F800000, wanted.view(np.uint32), restored)
+    numbers = restored.view(np.float32)
+    with np.errstate(over="ignore"):
+        rounded = numbers.astype(DTYPES[dtype])
+        wrong = np.flatnonzero(
+            rounded.view(f"u{exact.itemsize}") != exact.view(f"u{exact.itemsize}")
+        )
+        assert lost(numbers.copy(), wanted, exact).tolist() == wrong.tolist()

@@ -1,7 +1,8 @@
 """float32 arithmetic on blocks that stay in a core's cache.
 
 Every function works in buffers that the caller keeps: fresh memory for each block costs more than
-the arithmetic.
+the arithmetic. Overflow and NaN are looked for in the results, not told by warnings: `each_tensor`
+turns those off.
 """
 
 import math
@@ -13,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.errors import NonFiniteError
-from fedgraft.weights.checkpoint import Array
+from fedgraft.weights.checkpoint import DTYPES, Array
 
 Floats = NDArray[np.float32]
+BFLOAT16 = DTYPES["BF16"]
+HALF_STEP = 0x7FFF
+"""The most by which a float32's bits may differ from a bfloat16's and surely round to it."""
 
 
 def widen(block: Array, buffer: Floats) -> Floats:
@@ -28,15 +32,13 @@ def widen(block: Array, buffer: Floats) -> Floats:
 def narrow(numbers: Floats, buffer: Array) -> Array:
     """Return float32 numbers rounded to the buffer's dtype, to nearest, ties to even."""
     small = buffer[: numbers.size]
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(small, numbers, casting="unsafe")
+    np.copyto(small, numbers, casting="unsafe")
     return small
 
 
 def squared_norm(numbers: Floats, name: str, path: Path) -> float:
     """Return the sum of squares of a block; NonFiniteError where it holds NaN or infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.dot(numbers, numbers))
+    total = float(np.dot(numbers, numbers))
     if math.isfinite(total):
         return total
     refuse_non_finite(numbers, name, path)
@@ -73,10 +75,23 @@ def _infinities(dtype: np.dtype[Any]) -> tuple[str, str, int, int]:
 
 
 def lost(restored: Floats, wanted: Floats, exact: Array) -> NDArray[np.int64]:
-    """Return where `restored` does not round to `exact`, bit for bit; `wanted` is `exact`, wide."""
-    inexact = np.flatnonzero(restored.view(np.uint32) != wanted.view(np.uint32))
-    if not inexact.size:
-        return inexact
-    bits = f"u{exact.itemsize}"
-    rounded = restored[inexact].astype(exact.dtype)
-    return np.compress(rounded.view(bits) != exact[inexact].view(bits), inexact)
+    """Return where `restored` does not round to `exact`, bit for bit; `wanted` is `exact`, wide.
+
+    `restored` is used up. Read as integers, two floats of one sign are as far apart as there are
+    floats between them; what lies within half a step of a bfloat16 number rounds to it.
+    """
+    if exact.dtype == BFLOAT16:
+        distance = restored.view(np.int32)
+        np.subtract(distance, wanted.view(np.int32), out=distance)
+        within = np.add(distance, HALF_STEP, out=distance).view(np.uint32) <= 2 * HALF_STEP
+        doubtful = np.flatnonzero(~within)
+        bits = distance[doubtful] - np.int32(HALF_STEP) + wanted.view(np.int32)[doubtful]
+        numbers = bits.view(np.float32)
+    else:
+        doubtful = np.flatnonzero(restored.view(np.uint32) != wanted.view(np.uint32))
+        numbers = restored[doubtful]
+    if not doubtful.size:
+        return doubtful
+    as_bits = f"u{exact.itemsize}"
+    rounded = numbers.astype(exact.dtype).view(as_bits)
+    return np.compress(rounded != exact[doubtful].view(as_bits), doubtful)

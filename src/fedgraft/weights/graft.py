@@ -129,8 +129,7 @@ def graft(
         exceptions = addends[0].exceptions.get(name) if exact else None
         first = 0
         for old, added in pairs(name):
-            with np.errstate(over="ignore", invalid="ignore"):
-                grafted = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
+            grafted = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
             if exceptions:
                 exceptions.restore(grafted, old, first)
             if not all_finite(grafted):

@@ -248,10 +248,8 @@ class Difference:
         wide, residual = np.empty((2, size), np.float32), np.empty(size, np.float32)
         for old, new in zip(olds, instruct.blocks(name, num_elements), strict=True):
             before, after = widen(old, wide[0]), widen(new, wide[1])
-            with np.errstate(invalid="ignore", over="ignore"):
-                yield Step(
-                    old, new, before, after, np.subtract(after, before, out=residual[: old.size])
-                )
+            np.subtract(after, before, out=residual[: old.size])
+            yield Step(old, new, before, after, residual[: old.size])
 
 
 @dataclass(slots=True)

@@ -18,6 +18,8 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from fedgraft.errors import ArtefactError
 from fedgraft.progress import Advance, progress
 
@@ -54,7 +56,10 @@ def each_tensor(
     found = {}
     silence = nullcontext[Advance](lambda *_, **__: None)
     try:
-        with progress(label, total / 1e6, "MB") if total > SHOWN_FROM else silence as advance:
+        with (
+            np.errstate(all="ignore"),
+            progress(label, total / 1e6, "MB") if total > SHOWN_FROM else silence as advance,
+        ):
             for name, result in results:
                 found[name] = result
                 advance(num_bytes[name] / 1e6)
@@ -124,6 +129,7 @@ def _serve(
     writer: "connection.Connection[object, object]",
 ) -> None:
     """Take the next tensor until none is left; what is returned or raised goes to the parent."""
+    np.seterr(all="ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     while True:
         with taken.get_lock():
