@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,23 @@ def write_base(shape: Shape, out: Path, *, seed: int = 0, overwrite: bool = Fals
         _write_rest(shape, folder)
 
 
+def write_zeros(shape: Shape, out: Path, *, overwrite: bool = False) -> None:
+    """Write zeros, as holes in the file: they take no disk, and cost as much memory to work on."""
+    layout = shape.layout()
+    with new_artefact(out, overwrite=overwrite) as folder:
+        _write_rest(shape, folder)
+        sizes = {name: 2 * math.prod(form) for name, (_, form) in layout.items()}
+        ends = list(accumulate(sizes.values()))
+        header = {
+            name: {"dtype": "BF16", "shape": form, "data_offsets": [end - sizes[name], end]}
+            for (name, (_, form)), end in zip(layout.items(), ends, strict=True)
+        }
+        text = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + ends[-1])
+
+
 def write_update(
     shape: Shape,
     base: Path,
@@ -248,6 +265,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="base, instruct, second, newer")
     parser.add_argument("--relative", type=float, default=1e-3, help="size of an update")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--zeros", action="store_true", help="nothing but zeros, in sparse files")
     given = parser.parse_args()
     names = given.names or ["base", "instruct", "newer"]
     if unknown := set(names) - {"base", *UPDATED}:
@@ -255,7 +273,9 @@ def main() -> None:
     shape, base = SHAPES[given.shape], given.out / "base"
     for name in sorted(names, key=lambda name: name != "base"):
         started = time.monotonic()
-        if name == "base":
+        if given.zeros:
+            write_zeros(shape, given.out / name)
+        elif name == "base":
             write_base(shape, base, seed=given.seed)
         else:
             write_update(

@@ -9,8 +9,9 @@ left to write back from the process before. The floor of a comparison reads its 
 and writes as many bytes with `cp`. Other tools get a virtual environment of their own below
 `runs/venvs`, made on the first run; checkpoints come from `synthetic.py`. Results are Markdown.
 
-Peak memory is what the kernel counts as resident; of it, anonymous memory (without mapped files,
-which are only cache) is sampled every few milliseconds.
+Peak memory is what the kernel counts as resident for a process and its workers, pages that they
+share counted once, sampled every 20 milliseconds; of it, anonymous memory is without mapped files,
+which are only cache.
 """
 
 import argparse
@@ -321,10 +322,11 @@ def measure(command: Sequence[str | Path], out: Path) -> Run:
     with log.open("wb") as stream:
         started = time.monotonic()
         child = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT)
-        anonymous, ended = 0.0, 0
+        resident, anonymous, ended = 0.0, 0.0, 0
         while not ended:
-            time.sleep(0.004)
-            anonymous = max(anonymous, _anonymous(child.pid))
+            time.sleep(0.02)
+            whole, own = _memory(child.pid)
+            resident, anonymous = max(resident, whole), max(anonymous, own)
             ended, status, usage = os.wait4(child.pid, os.WNOHANG)
         seconds = time.monotonic() - started
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -335,13 +337,23 @@ def measure(command: Sequence[str | Path], out: Path) -> Run:
     written = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     shutil.rmtree(out, ignore_errors=True)
     busy = usage.ru_utime + usage.ru_stime
-    return Run(seconds, busy, usage.ru_maxrss * 1.024e-3, anonymous, written)
+    return Run(seconds, busy, resident, anonymous, written)
 
 
-def _anonymous(process: int) -> float:
-    """Megabytes of anonymous memory that a process holds now; 0 where it has ended."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
-    return int(found[1]) * 1.024e-3 if found else 0.0
+def _memory(process: int) -> tuple[float, float]:
+    """Megabytes that a process and its workers hold now, all and anonymous; shared ones once."""
+    whole = anonymous = 0.0
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        for one in (process, *map(int, children)):
+            kilobytes = dict(
+                re.findall(r"(Pss\w*):\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text())
+            )
+            whole += int(kilobytes.get("Pss", 0)) * 1.024e-3
+            anonymous += int(kilobytes.get("Pss_Anon", 0)) * 1.024e-3
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # one has ended meanwhile
+        return 0.0, 0.0
+    return whole, anonymous
 
 
 def _ratio(runs: Sequence[Run], others: Sequence[Run]) -> float:
