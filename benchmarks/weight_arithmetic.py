@@ -56,14 +56,6 @@ from residuals import Residuals
 dtype, target, residual, out = getattr(torch, sys.argv[1]), *sys.argv[2:]
 Residuals.apply_to_pretrained(model=target, residuals=residual, out_dir=out, dtype=dtype)
 """
-MERGE = """
-import sys
-from pathlib import Path
-from fedgraft.weights.graft import graft
-from fedgraft.weights.merging import Method
-name, target, first, second, out = sys.argv[1:]
-graft(Path(target), [Path(first), Path(second)], Path(out), method=Method(name=name, density=0.5))
-"""
 MERGEKIT = """\
 merge_method: {method}
 base_model: {base}
@@ -225,7 +217,7 @@ def _merge(method: str, parameters: str) -> Callable[[Material], Comparison]:
             [
                 Way(
                     "fedgraft, two stored residuals",
-                    [sys.executable, "-c", MERGE, method, base, *residuals, "{out}"],
+                    [*_graft(base, *residuals), "--method", method, "--density", "0.5"],
                 ),
                 Way(
                     "mergekit",
@@ -347,7 +339,7 @@ def _memory(process: int) -> tuple[float, float]:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
         for one in (process, *map(int, children)):
             kilobytes = dict(
-                re.findall(r"(Pss\w*):\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text())
+                re.findall(r"(?m)^(Pss\w*):\s+(\d+)", Path(f"/proc/{one}/smaps_rollup").read_text())
             )
             whole += int(kilobytes.get("Pss", 0)) * 1.024e-3
             anonymous += int(kilobytes.get("Pss_Anon", 0)) * 1.024e-3

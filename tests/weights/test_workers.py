@@ -210,3 +210,15 @@ def test_without_forking_the_work_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(workers, "MANY_FROM", 0)
     monkeypatch.setattr(workers, "_may_fork", lambda: False)
     assert workers.each_tensor("work", {"a": 2, "b": 1}, str.upper) == {"a": "A", "b": "B"}
+
+
+def test_a_process_with_torch_does_not_fork(tmp_path: Path) -> None:
+    found = told(
+        """
+        import torch
+        done = each_tensor("work", {"a": 1, "b": 2}, lambda _: os.getpid())
+        print(json.dumps(set(done.values()) == {os.getpid()}))
+        """,
+        tmp_path,
+    )
+    assert found is True

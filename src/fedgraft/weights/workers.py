@@ -4,18 +4,18 @@ numpy lets go of the interpreter for every block, and blocks that stay in a core
 ten microseconds. To hand the interpreter from thread to thread takes longer: two threads were
 slower than one, two processes nearly twice as fast. So processes are forked, which costs
 milliseconds. That is safe only while this process has one thread; where it has more (torch, a
-server), it does the work alone.
+server), it does the work by itself.
 """
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -69,7 +69,9 @@ def each_tensor(
 
 
 def _may_fork() -> bool:
-    return sys.platform == "linux" and len(list(Path("/proc/self/task").iterdir())) == 1
+    """Whether no thread could hold a lock in a child; numpy's own threads know how to be forked."""
+    alone = threading.active_count() == 1 and "torch" not in sys.modules
+    return sys.platform == "linux" and alone
 
 
 def _forked(
