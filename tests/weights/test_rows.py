@@ -140,6 +140,9 @@ def test_tokens_of_the_target_alone_are_kept_behind_and_named(tmp_path: Path) ->
         ("<|also|>", 19),
     ]
     assert Checkpoint.open(out).tensors[EMBEDDING].shape == (21, 8)
+    whole = by_token(graft(target, residual, tmp_path / "whole"))  # their ids are padding in it
+    assert all(whole[token] == by_token(target)[token] for token in ("<|ours|>", "<|also|>"))
+    assert whole["t3"] != by_token(target)["t3"]
 
 
 def test_the_tokenizers_library_gives_kept_tokens_the_ids_of_their_rows(tmp_path: Path) -> None:
