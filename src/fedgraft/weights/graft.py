@@ -19,7 +19,14 @@ import numpy as np
 
 from fedgraft.errors import ArtefactError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record, new_artefact
-from fedgraft.weights.arithmetic import Floats, all_finite, narrow, refuse_non_finite, widen
+from fedgraft.weights.arithmetic import (
+    Floats,
+    all_finite,
+    modest,
+    narrow,
+    refuse_non_finite,
+    widen,
+)
 from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
     CONFIG_DTYPES,
@@ -129,10 +136,11 @@ def graft(
         exceptions = addends[0].exceptions.get(name) if exact else None
         first = 0
         for old, added in pairs(name):
-            grafted = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
+            summed = np.add(widen(old, total), added, out=total[: old.size])
+            grafted = narrow(summed, small)
             if exceptions:
                 exceptions.restore(grafted, old, first)
-            if not all_finite(grafted):
+            if not modest(summed) and not all_finite(grafted):
                 for source in (checkpoint, *(s for addend in addends for s in addend.sources)):
                     for block in source.blocks(name):
                         refuse_non_finite(block, name, source.path)

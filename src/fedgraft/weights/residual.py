@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from fedgraft.errors import ResidualError
 from fedgraft.provenance import Record, hash_json, new_artefact
-from fedgraft.weights.arithmetic import Floats, lost, narrow, squared_norm, widen
+from fedgraft.weights.arithmetic import (
+    BFLOAT16,
+    Floats,
+    far_apart,
+    lost,
+    narrow,
+    narrow_exact,
+    squared_norm,
+    widen,
+)
 from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
     DTYPES,
@@ -198,6 +207,22 @@ class Step:
     after: Floats
     residual: Floats
 
+    def stored(self, buffer: Array) -> tuple[Array, Rows]:
+        """Return the residual in the buffer's dtype, and where it does not restore `new`.
+
+        Where both sides are bfloat16, nearly all numbers are known to be restored by comparing
+        bits, and are looked at no further.
+        """
+        plain = buffer.dtype == np.float32
+        if self.old.dtype == self.new.dtype == BFLOAT16:
+            at = far_apart(self.old, self.new, buffer)
+            block = self.residual if plain else narrow_exact(self.residual, buffer, at)
+            restored = self.before[at] + block[at].astype(np.float32)
+            return block, at[lost(restored, self.after[at], self.new[at])]
+        block = self.residual if plain else narrow(self.residual, buffer)
+        restored = np.add(self.before, block, dtype=np.float32)
+        return block, lost(restored, self.after, self.new)
+
 
 class Difference:
     """The residual of a family, computed as it is read; otherwise like a Residual."""
@@ -281,18 +306,11 @@ def extract(
     def stored(name: str, dtype: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
         """The difference as it is stored; what it restores is measured as it passes."""
         figures, first = seen[name], 0
-        size = min(num_elements, difference.tensors[name].num_elements)
-        small, wide = np.empty(size, DTYPES[dtype]), np.empty(size, np.float32)
+        small = np.empty(min(num_elements, difference.tensors[name].num_elements), DTYPES[dtype])
         for step in difference.steps(name, num_elements):
             figures.squared_base += squared_norm(step.before, name, base.path)
             figures.squared_residual += squared_norm(step.residual, name, instruct.path)
-            block: Array = step.residual
-            addend = step.residual
-            if dtype != "F32":
-                block = narrow(step.residual, small)
-                addend = widen(block, wide)
-            restored = np.add(step.before, addend, out=step.before)
-            amiss = lost(restored, step.after, step.new)
+            block, amiss = step.stored(small)
             figures.num_not_restored += amiss.size
             if amiss.size and form in CARRYING:
                 carried = Exceptions(first + amiss, step.old[amiss], step.new[amiss])
@@ -398,13 +416,9 @@ def _layout(difference: Difference, form: Form) -> Layout:
     dtypes = dict.fromkeys(difference.tensors, "BF16" if form == "bfloat16" else "F32")
 
     def choose(name: str) -> str:
-        size = min(BLOCK_ELEMENTS, difference.tensors[name].num_elements)
-        small, wide = np.empty(size, DTYPES["BF16"]), np.empty(size, np.float32)
-        for step in difference.steps(name):
-            rounded = widen(narrow(step.residual, small), wide)
-            if lost(np.add(step.before, rounded, out=step.before), step.after, step.new).size:
-                return "F32"
-        return "BF16"
+        small = np.empty(min(BLOCK_ELEMENTS, difference.tensors[name].num_elements), BFLOAT16)
+        exact = all(not step.stored(small)[1].size for step in difference.steps(name))
+        return "BF16" if exact else "F32"
 
     if form == "auto":
         sizes = {name: info.num_bytes for name, info in difference.tensors.items()}

@@ -47,13 +47,16 @@ class RowMap:
 
         Raises ResidualError where the target lacks a token of which there is only a difference.
         """
-        kept = sorted(target.ids.keys() - instruct.ids.keys(), key=target.ids.__getitem__)
+        others = () if target.same_ids(instruct) else target.ids.keys() - instruct.ids.keys()
+        kept = sorted(others, key=target.ids.__getitem__)
         first_kept = max(instruct.ids.values()) + 1
         needed = first_kept + len(kept)
         num_rows = target.num_rows
         if needed > num_rows:
             num_rows = max(needed, instruct.num_rows)
-        ids = {**instruct.ids, **{token: first_kept + n for n, token in enumerate(kept)}}
+        ids = instruct.ids
+        if kept:
+            ids = {**ids, **{token: first_kept + n for n, token in enumerate(kept)}}
         picks = Vocabulary(ids=ids, num_rows=num_rows).rows_in(target)
         bare = np.arange(num_rows) >= instruct.num_rows
         bare[first_kept:needed] = True
@@ -61,7 +64,7 @@ class RowMap:
         whole[whole_rows[whole_rows < num_rows]] = True
         whole &= ~bare
         lacking = (picks < 0) & ~whole & ~bare
-        for token, i in instruct.ids.items():
+        for token, i in instruct.ids.items() if lacking.any() else ():
             if lacking[i]:
                 raise ResidualError(
                     f"{place}: expected a row for token {token!r}, which the residual's base has, "

@@ -45,8 +45,8 @@ class Vocabulary:
                 "put the tokenizer's files beside the weights "
                 "(AutoTokenizer.from_pretrained(SOURCE).save_pretrained(DIRECTORY))"
             ) from error
-        token = max(ids, key=ids.__getitem__)
-        if ids[token] >= num_rows:
+        if max(ids.values()) >= num_rows:
+            token = max(ids, key=ids.__getitem__)
             raise CheckpointError(
                 f"{folder}: expected a row of the embedding for each token, found token {token!r} "
                 f"with id {ids[token]} but {num_rows} rows; is this another model's tokenizer?"
@@ -57,12 +57,16 @@ class Vocabulary:
     def num_tokens(self) -> int:
         return len(self.ids)
 
+    def same_ids(self, other: "Vocabulary") -> bool:
+        """Whether each token has the same id in both; at once where both read the same bytes."""
+        return self.ids is other.ids or self.ids == other.ids
+
     def first_difference(self, other: "Vocabulary") -> str | None:
         """Say how two tokenizers differ that are not of one making; None where they are.
 
         They are where the smaller has at least MIN_SHARED of its tokens in common with the other.
         """
-        if self.ids == other.ids:
+        if self.same_ids(other):
             return None
         num_shared, smaller = (
             len(self.ids.keys() & other.ids.keys()),
@@ -81,7 +85,7 @@ class Vocabulary:
         """Return, for each row here, the row of `other` that belongs to it; -1 where none does."""
         rows = np.full(self.num_rows, -1, np.int64)
         common = min(self.num_rows, other.num_rows)
-        if self.ids == other.ids:
+        if self.same_ids(other):
             rows[:common] = np.arange(common)
             return rows
         unnamed = np.ones(other.num_rows, np.bool_)
@@ -148,6 +152,6 @@ def _split(vocabulary: bytes, added: bytes, config: bytes) -> Mapping[str, int]:
 
 
 def _checked(ids: dict[str, int]) -> Mapping[str, int]:
-    if not ids or not all(isinstance(i, int) for i in ids.values()):
+    if set(map(type, ids.values())) != {int}:
         raise ValueError("no tokens with ids")
     return ids
