@@ -36,6 +36,15 @@ NUM_LOSSES = 100
 """Points of the loss curve that are kept."""
 
 
+class LoraSettings(BaseModel):
+    """Low-rank factors that are trained in place of the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
+
+
 class TrainingSettings(BaseModel):
     """How long and how hard to train."""
 
@@ -43,8 +52,16 @@ class TrainingSettings(BaseModel):
 
     num_tokens: int = Field(gt=0)
     """Budget in tokens that are not padding; the rows are repeated until it is used up."""
+    budgets: tuple[int, ...] = ()
+    """Token counts at which a checkpoint is left on the way; `num_tokens` is the last."""
     learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the rate of `wsd` falls."""
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora: LoraSettings | None = None
+    """All parameters are trained where None."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     final_learning_rate: float = Field(default=0.1, ge=0, le=1)
@@ -259,6 +276,8 @@ def _schedule(settings: TrainingSettings) -> dict[str, Any]:
             return {"lr_scheduler_type": "linear"}
         case "constant":
             return {"lr_scheduler_type": "constant_with_warmup"}
+        case "wsd":
+            raise TrainingError("expected a schedule, found wsd, which is being built")
 
 
 def _check(model: "PreTrainedModel", rows: Rows) -> None:
