@@ -119,16 +119,18 @@ def _show(plan: "Plan") -> None:
     for training in plan.trainings:
         choices = memory_choices(plan, training)
         asked = in_words(training.rank, training.gradient_checkpointing)
-        say("memory", f"of {training.stage}, GB a process; * is what the file asks for")
+        unit, size = ("GB", 1e9) if training.memory.total >= 1e9 else ("MB", 1e6)
+        say("memory", f"of {training.stage}, {unit} a process; recompute is with gradient")
+        say("", "checkpointing, * is what the file asks for")
         show_table(
             ("", *(f"{name} *" if name == asked else name for name in choices)),
             [
-                (words, *(f"{getattr(one, part) / 1e9:,.3f}" for one in choices.values()))
+                (words, *(f"{getattr(one, part) / size:,.2f}" for one in choices.values()))
                 for part, words in MEMORY.items()
             ],
         )
-    for number, (what, size) in enumerate(plan.disk.items()):
-        say("" if number else "disk", f"{_gigabytes(size)}  {what}")
+    for number, (what, num_bytes) in enumerate(plan.disk.items()):
+        say("" if number else "disk", f"{_in_bytes(num_bytes)}  {what}")
     say("grafting", f"{plan.num_grafts} grafts, {plan.graft_flops:.3g} FLOPs in all, each holds")
     say("", f"about {GRAFT_BYTES / 1e6:.0f} MB whatever the size of the model")
     if plan.tuning_ratio:
@@ -196,5 +198,5 @@ def _short(tokens: int) -> str:
     return str(tokens)
 
 
-def _gigabytes(num_bytes: int) -> str:
+def _in_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -9,6 +9,7 @@ the row, and that gradient checkpointing computes the layers twice (`operations`
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from pydantic import BaseModel, ConfigDict
 
@@ -77,19 +78,21 @@ def operations(
         output   2 v h                   4 v h                       2 v h
 
     so 6 l w + 12 l a t + 6 v h where all parameters move. Checkpointing adds the layers' forward
-    pass once more. Attention is counted over whole rows, what a masked product computes; kernels
-    that skip the blocks between documents, or above the diagonal, do less of it.
+    pass once more, without the last product of each, whose result nobody asks for again (with LoRA
+    its factors come after it). Attention is counted over whole rows, what a masked product
+    computes; kernels that skip the blocks between documents, or above the diagonal, do less of it.
     """
     layers = shape.num_hidden_layers
     factors = 0 if rank is None else shape.adapter_parameters(rank)
     weights, backward = layers * shape.layer_weights, 4 if rank is None else 2
     attention = 4.0 * layers * shape.attention_size * row_length
     forward = 2.0 * (weights + factors)
+    unasked = 2.0 * layers * prod(shape.matrices["mlp.down_proj"]) if rank is None else 0.0
     return Operations(
         matrices=num_tokens * (forward + backward * weights + 4.0 * factors),
         attention=num_tokens * 3 * attention,
         output=num_tokens * (2.0 + backward) * shape.output_weights,
-        recomputed=num_tokens * (forward + attention) if gradient_checkpointing else 0.0,
+        recomputed=num_tokens * (forward - unasked + attention) if gradient_checkpointing else 0.0,
     )
 
 

@@ -21,9 +21,10 @@ MLP; a test counts the tensors that torch really saves, and finds these numbers)
     gate, silu(gate), up, their product             4f x 4      4f x 2
     mask between documents, a row of t              t x 4       t x 2    (not in flash attention)
 
+(One key-value head alone is repeated without a copy.)
 With gradient checkpointing (arXiv 1604.06174) only each layer's input stays, h x 4, and one layer
-at a time is computed again. Logits of a token: float32 16 bytes (logits, log-probabilities and
-their two gradients), autocast 14 (the logits themselves are bfloat16).
+at a time is computed again. Logits take 12 bytes for each word of the vocabulary and token, in
+either precision: log-probabilities and two gradients in float32, where the backward pass begins.
 
 Not counted: the framework's own (about 1 GB on a GPU), fragmentation, buffers of communication.
 """
@@ -39,7 +40,7 @@ GRAFT_BYTES = 100_000_000
 
 FLOAT32, BFLOAT16 = 4, 2
 ADAM_MOMENTS = 2
-LOGITS_BYTES = {"float32": 16, "bfloat16": 14}
+LOGITS_BYTES = 3 * FLOAT32
 GATHERED_LAYERS = 2
 """Layers that FSDP holds whole: the one computed, and the next on its way."""
 
@@ -112,7 +113,7 @@ def training_memory(
         copies=copied * BFLOAT16 if precision == "bfloat16" else 0,
         gathered=gathered,
         activations=tokens * (kept + _end_bytes(shape, precision)),
-        logits=tokens * shape.vocab_size * LOGITS_BYTES[precision],
+        logits=tokens * shape.vocab_size * LOGITS_BYTES,
     )
 
 
@@ -120,7 +121,11 @@ def layer_activation_bytes(shape: Shape, row_length: int, precision: Precision) 
     """Bytes that a layer keeps of a token for its backward pass; the table above."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     number, casts = (FLOAT32, 2) if precision == "float32" else (BFLOAT16, 5)
-    wide = casts * hidden + 4 * shape.attention_size + 4 * shape.intermediate_size + row_length
+    attention = 4 * shape.attention_size
+    if shape.num_key_value_heads == 1:  # repeated without a copy, but where keys are cast
+        copies = 2 if precision == "float32" else 1
+        attention -= copies * (shape.attention_size - shape.attention_size // heads)
+    wide = casts * hidden + attention + 4 * shape.intermediate_size + row_length
     return FLOAT32 * (4 * hidden + heads + 2) + number * wide
 
 

@@ -139,10 +139,9 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
     if study.adapters:
         settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
     faults = [
-        f"  {fault}"
+        f"  {'pretrain' if stage == 'pre-training' else stage}.{fault}"
         for stage, (one, _) in settings.items()
-        for fault in _faults("pretrain" if stage == "pre-training" else stage, one, study, shape)
-        or _uneven("pretrain" if stage == "pre-training" else stage, one, study, num_processes)
+        for fault in (*_faults(one, study, shape), *_uneven(one, study, num_processes))
     ]
     if faults:
         raise StudyError(
@@ -205,7 +204,7 @@ def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
 def in_words(rank: int | None, gradient_checkpointing: bool) -> str:
     """What is trained, and how."""
     trained = "full" if rank is None else f"LoRA {rank}"
-    return f"{trained} + checkpointing" if gradient_checkpointing else trained
+    return f"{trained}, recompute" if gradient_checkpointing else trained
 
 
 def _shape(study: Study) -> tuple[Shape, bool]:
@@ -242,34 +241,35 @@ def _rank(settings: TrainingSettings) -> int | None:
     return settings.lora.rank if settings.lora else None
 
 
-def _faults(key: str, settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[str]:
+def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[str]:
     """Settings with which no number of processes could start."""
     tokens, row = settings.num_tokens, study.row_length
     if tokens < row:
         yield (
-            f"{key}.num_tokens: expected at least one row of {row} tokens, found {tokens}; raise "
+            f"num_tokens: expected at least one row of {row} tokens, found {tokens}; raise "
             "it or choose a smaller row_length"
         )
     for budget in settings.budgets:
         if not row <= budget <= tokens:
             yield (
-                f"{key}.budgets: expected token counts from one row ({row}) to num_tokens "
+                f"budgets: expected token counts from one row ({row}) to num_tokens "
                 f"({tokens}), found {budget}; correct it"
             )
+    where = "lora.rank" if settings.lora else "rank"
     rank, narrowest = _rank(settings), min(min(size) for size in shape.matrices.values())
     if rank is not None and rank > narrowest:
         yield (
-            f"{key}.rank: expected at most {narrowest}, the model's narrowest layer, found {rank}; "
+            f"{where}: expected at most {narrowest}, the model's narrowest layer, found {rank}; "
             "choose a smaller one"
         )
 
 
-def _uneven(key: str, settings: TrainingSettings, study: Study, processes: int) -> Iterator[str]:
+def _uneven(settings: TrainingSettings, study: Study, processes: int) -> Iterator[str]:
     """Rows of a step that processes and forward passes cannot share out evenly."""
     rows = _rows_per_step(settings, study)
     if rows % processes:
         yield (
-            f"{key}.batch_tokens: expected the {rows} rows of a step to be shared out evenly among "
+            f"batch_tokens: expected the {rows} rows of a step to be shared out evenly among "
             f"{processes} processes; choose a multiple of {processes * study.row_length}, or "
             "another number of processes"
         )
@@ -277,7 +277,7 @@ def _uneven(key: str, settings: TrainingSettings, study: Study, processes: int) 
         settings.micro_batch_rows, rows // processes
     ):
         yield (
-            f"{key}.micro_batch_rows: expected a divisor of the {rows // processes} rows that a "
+            f"micro_batch_rows: expected a divisor of the {rows // processes} rows that a "
             f"process has in a step, found {settings.micro_batch_rows}; choose a divisor"
         )
 
@@ -373,7 +373,7 @@ def _notes(
     if size and not study.not_there:
         tokens = size / BYTES_A_TOKEN * TRAINED_SHARE
         yield (
-            f"the text is {size / 1e6:.1f} MB, about {tokens / 1e6:.1f}M tokens to train on at "
+            f"the text is {size / 1e6:.1f} MB, about {tokens / 1e6:.2g}M tokens to train on at "
             f"{BYTES_A_TOKEN} bytes each: a run reads it "
             f"{trainings[0].num_tokens * share / tokens:.1f} times"
         )
