@@ -173,6 +173,12 @@ def test_processes_share_weights_gradients_and_moments_and_nothing_else(
     assert many.gathered > one.gathered == 0
 
 
+def test_with_lora_every_process_holds_the_whole_model() -> None:
+    """The trainer refuses to shard LoRA."""
+    one, many = (planned(SIZES, "bfloat16", rank=4, num_processes=n) for n in (1, 8))
+    assert one == many
+
+
 def test_a_total_is_the_sum_of_its_parts() -> None:
     memory = planned(SIZES, "bfloat16", num_processes=2)
     parts = [getattr(memory, name) for name in Memory.__slots__]

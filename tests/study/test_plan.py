@@ -197,7 +197,7 @@ def test_all_settings_that_could_not_start_are_told_at_once(
     assert "study small: found 3 settings with which training could not start" in message
     for fault in (
         "pretrain.num_tokens: expected at least one row of 64 tokens, found 63; raise it",
-        "pretrain.budgets: expected token counts from one row (64) to num_tokens (63), found 20",
+        "pretrain.budgets: expected token counts from one row (64) to below num_tokens (63), ",
         "adapters.rank: expected at most 16, the model's narrowest layer, found 33; choose a sma",
     ):
         assert fault in message
@@ -282,7 +282,7 @@ def test_no_process_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    machine = this_machine(size=256, seconds=0.05)
+    machine = this_machine()
     assert 1e8 < machine.flops("float32") < 1e16
     assert machine.memory_bytes > 10**8
 

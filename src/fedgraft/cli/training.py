@@ -43,7 +43,7 @@ def pretrain(
     its last checkpoint when the same command is run again.
     """
     from fedgraft.training.pretrain import continue_pretraining
-    from fedgraft.training.trainer import TrainingSettings
+    from fedgraft.training.settings import TrainingSettings
 
     continue_pretraining(
         model,
@@ -83,7 +83,8 @@ def adapt(
     The model itself stays as it is. A run that was stopped goes on when the same
     command is run again.
     """
-    from fedgraft.training.adapter import AdapterSettings, train_adapter
+    from fedgraft.training.adapter import train_adapter
+    from fedgraft.training.settings import AdapterSettings
 
     rows = _pack(model, data, row_length, seed)
     settings = AdapterSettings(

@@ -1,7 +1,6 @@
 """A machine that training is planned for: how fast it multiplies matrices, how much it holds."""
 
 import os
-import time
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -59,43 +58,27 @@ HARDWARE = MappingProxyType(
 """The makers' data sheets; float32 without TF32, as torch multiplies unless told otherwise."""
 
 
-def this_machine(*, size: int = 2048, seconds: float = 1.0) -> Machine:
-    """The machine at hand, its rate measured by products of [size, size] matrices for a moment."""
+def this_machine() -> Machine:
+    """The machine at hand, its rate measured by a few large matrix products."""
     import torch
 
-    place, precision = device(), training_precision()
-    rates: dict[Precision, float] = {}
-    for wanted in {precision, "float32"}:
-        matrix = torch.ones(size, size, device=place, dtype=getattr(torch, wanted))
-        _product(matrix)
-        count, started = 0, time.perf_counter()
-        while (passed := time.perf_counter() - started) < seconds / 2:
-            _product(matrix)
-            count += 1
-        rates["bfloat16" if wanted == "bfloat16" else "float32"] = count * 2 * size**3 / passed
+    from fedgraft.training.watch import matrix_rate
+
+    place, fast = device(), training_precision() == "bfloat16"
     if place.type == "cuda":
         memory = torch.cuda.get_device_properties(place).total_memory
         name = torch.cuda.get_device_name(place)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        name = f"this machine, {torch.get_num_threads()} threads"
+        name = f"this machine with {torch.get_num_threads()} threads"
     return Machine(
         name=name,
-        bfloat16_flops=rates.get("bfloat16"),
-        float32_flops=rates["float32"],
+        bfloat16_flops=matrix_rate(place.type, torch.bfloat16) if fast else None,
+        float32_flops=matrix_rate(place.type, torch.float32),
         memory_bytes=memory,
     )
 
 
 def machine(hardware: Hardware) -> Machine:
-    """The machine of a name; `this` is measured, which takes a second."""
+    """The machine of a name; `this` is measured, which takes a moment."""
     return this_machine() if hardware == "this" else HARDWARE[hardware]
-
-
-def _product(matrix: "object") -> None:
-    import torch
-
-    assert isinstance(matrix, torch.Tensor)
-    torch.mm(matrix, matrix)
-    if matrix.is_cuda:
-        torch.cuda.synchronize()

@@ -82,34 +82,37 @@ def training_memory(
     rank: int | None = None,
     num_processes: int = 1,
 ) -> Memory:
-    """What a process holds; with several, FSDP shards weights, gradients and moments.
+    """What a process holds; FSDP shards weights, gradients and moments where all are trained.
+
+    With LoRA each of several processes holds the whole model.
 
     Args:
         micro_batch_rows: Rows of one forward pass of one process.
         rank: Of LoRA; all parameters are trained where None.
     """
     tokens = micro_batch_rows * row_length
+    num_shards = num_processes if rank is None else 1
     adapter = 0 if rank is None else shape.adapter_parameters(rank)
     held = shape.num_parameters + adapter
     trained = shape.num_parameters if rank is None else adapter
     layers, matrices = shape.num_hidden_layers, shape.layer_weights
     copied = layers * matrices + shape.output_weights + adapter
     gathered = 0
-    if num_processes > 1:
+    if num_shards > 1:
         embeddings = sum(
             prod(size) for name, size in shape.tensors.items() if ".layers." not in name
         )
         whole = embeddings + min(GATHERED_LAYERS, layers) * matrices
-        gathered = whole * FLOAT32 * (2 if rank is None else 1)  # weights, and gradients likewise
+        gathered = whole * FLOAT32 * 2  # weights, and gradients likewise
         copied = whole
     layer = layer_activation_bytes(shape, row_length, precision)
     kept = (
         layers * shape.hidden_size * FLOAT32 + layer if gradient_checkpointing else layers * layer
     )
     return Memory(
-        weights=_share(held * FLOAT32, num_processes),
-        gradients=_share(trained * FLOAT32, num_processes),
-        optimizer=_share(trained * FLOAT32 * ADAM_MOMENTS, num_processes),
+        weights=_share(held * FLOAT32, num_shards),
+        gradients=_share(trained * FLOAT32, num_shards),
+        optimizer=_share(trained * FLOAT32 * ADAM_MOMENTS, num_shards),
         copies=copied * BFLOAT16 if precision == "bfloat16" else 0,
         gathered=gathered,
         activations=tokens * (kept + _end_bytes(shape, precision)),
@@ -136,5 +139,5 @@ def _end_bytes(shape: Shape, precision: Precision) -> int:
     return FLOAT32 * (2 * shape.hidden_size + 1 + 2 * head) + number * shape.hidden_size + 16
 
 
-def _share(num_bytes: int, num_processes: int) -> int:
-    return -(-num_bytes // num_processes)
+def _share(num_bytes: int, num_shards: int) -> int:
+    return -(-num_bytes // num_shards)

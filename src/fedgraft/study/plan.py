@@ -28,8 +28,7 @@ from fedgraft.study.machine import Machine
 from fedgraft.study.memory import Memory, training_memory
 from fedgraft.study.shape import Shape
 from fedgraft.study.study import Study
-from fedgraft.training.adapter import AdapterSettings
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.settings import AdapterSettings, Lora, PretrainSettings, TrainingSettings
 from fedgraft.weights.checkpoint import CONFIG_DTYPES, DTYPES, Checkpoint, fetched
 
 SHARE = 0.45
@@ -185,7 +184,7 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
 
 def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
     """What a run would hold by what is trained: `full`, or LoRA, with checkpointing or without."""
-    rank = training.rank or AdapterSettings.model_fields["rank"].default
+    rank = training.rank or Lora().rank
     return {
         in_words(chosen, recompute): training_memory(
             plan.shape,
@@ -236,9 +235,17 @@ def _rows_per_step(settings: TrainingSettings, study: Study) -> int:
 
 
 def _rank(settings: TrainingSettings) -> int | None:
-    if isinstance(settings, AdapterSettings):
-        return settings.rank
-    return settings.lora.rank if settings.lora else None
+    """Of LoRA; None where all parameters are trained."""
+    match settings:
+        case AdapterSettings():
+            return settings.rank
+        case PretrainSettings(lora=Lora() as lora):
+            return lora.rank
+    return None
+
+
+def _budgets(settings: TrainingSettings) -> tuple[int, ...]:
+    return settings.budgets if isinstance(settings, PretrainSettings) else ()
 
 
 def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[str]:
@@ -249,13 +256,13 @@ def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[
             f"num_tokens: expected at least one row of {row} tokens, found {tokens}; raise "
             "it or choose a smaller row_length"
         )
-    for budget in settings.budgets:
-        if not row <= budget <= tokens:
+    for budget in _budgets(settings):
+        if not row <= budget < tokens:
             yield (
-                f"budgets: expected token counts from one row ({row}) to num_tokens "
+                f"budgets: expected token counts from one row ({row}) to below num_tokens "
                 f"({tokens}), found {budget}; correct it"
             )
-    where = "lora.rank" if settings.lora else "rank"
+    where = "rank" if isinstance(settings, AdapterSettings) else "lora.rank"
     rank, narrowest = _rank(settings), min(min(size) for size in shape.matrices.values())
     if rank is not None and rank > narrowest:
         yield (
@@ -307,7 +314,7 @@ def _training(
     )
     adapter = rank is not None and stage == "adapters"
     trained = shape.num_parameters if rank is None else shape.adapter_parameters(rank)
-    checkpoints = tuple(sorted({*settings.budgets, settings.num_tokens}))
+    checkpoints = tuple(sorted({*_budgets(settings), settings.num_tokens}))
     stored = trained * DTYPES["F32"].itemsize if adapter else _model_bytes(shape)
     return Training(
         stage=stage,
