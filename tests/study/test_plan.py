@@ -203,6 +203,14 @@ def test_all_settings_that_could_not_start_are_told_at_once(
         assert fault in message
 
 
+def test_a_budget_that_the_run_does_not_pass_is_refused(
+    tmp_path: Path, places: dict[str, Path]
+) -> None:
+    pretrain = {"num_tokens": 640, "learning_rate": 1e-3, "budgets": [64, 640]}
+    with pytest.raises(StudyError, match=r"found 1 settings .*\n  pretrain.budgets: .*found 640"):
+        plan(small(tmp_path, places, pretrain=pretrain), H100)
+
+
 @pytest.mark.parametrize(
     ("settings", "processes", "message"),
     [
