@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fedgraft.errors import ArtefactError, TrainingError
 from fedgraft.models import open_model, open_tokenizer, save_model
+from fedgraft.progress import is_first
 from fedgraft.provenance import Record
 from fedgraft.text.packing import Rows, mix
-from fedgraft.training.processes import artefact_of_the_first, is_first
+from fedgraft.training.processes import artefact_of_the_first
 from fedgraft.training.settings import PretrainSettings, TrainingSettings
 from fedgraft.training.state import Tensors, remove_work, whole_tensors, work_directory
 from fedgraft.training.trainer import TrainingOutcome, steps_of, train

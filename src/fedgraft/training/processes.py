@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed
+from accelerate import PartialState
 
+from fedgraft.progress import is_first
 from fedgraft.provenance import new_artefact
 
 
@@ -18,15 +20,20 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def wait_for_all() -> None:
     """Go on when every process has come this far."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Let the first process do what is inside, then the others, which find it done."""
+    if num_processes() == 1:
+        yield
+    else:
+        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+            yield
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from fedgraft.progress import is_first
 from fedgraft.provenance import hash_json
-from fedgraft.training.processes import is_first
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -26,10 +26,10 @@ from transformers.integrations import TensorBoardCallback
 
 from fedgraft.errors import NonFiniteError, TrainingError
 from fedgraft.models import device, saving, training_precision
-from fedgraft.progress import progress
+from fedgraft.progress import is_first, progress
 from fedgraft.provenance import derive_seed
 from fedgraft.text.packing import Rows
-from fedgraft.training.processes import is_first, num_processes, wait_for_all
+from fedgraft.training.processes import num_processes, wait_for_all
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.training.state import last_whole, load_optimizer, load_tensors, save_optimizer
 from fedgraft.training.watch import (
