@@ -44,7 +44,7 @@ def measure(what: str) -> float:
     while num_tokens < NUM_TOKENS:
         places = torch.randint(len(rows), (rows_per_step,)).numpy()
         taken = rows.take(places)
-        batch = {name: torch.from_numpy(getattr(taken, name)).long() for name in rows[0]}
+        batch = {name: torch.from_numpy(array).long() for name, array in taken.stacked().items()}
         model(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
