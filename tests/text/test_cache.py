@@ -183,6 +183,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         packed(tokenizer(), DOCUMENTS, tmp_path, 64)
     with pytest.raises(ArtefactError, match="exists already"):
         pack_to_disk(tokenizer(), DOCUMENTS, tmp_path, 64)
+    with pytest.raises(ArtefactError, match="expected a directory to write, found a file"):
+        packed(tokenizer(), DOCUMENTS, tmp_path / "thesis.txt", 64)
     assert leftovers(tmp_path) == ["thesis.txt"]
 
 

@@ -186,7 +186,7 @@ def packed(
     assert iter(documents) is not documents, "documents that can be read once only"
     check(tokenizer, row_length, num_positions)
     why = "packed into"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         foreign = {path.name for path in folder.iterdir()} - {TOKENS, PIECES, BOUNDS, RECORD}
         if foreign:
             raise ArtefactError(
