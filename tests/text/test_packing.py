@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
@@ -73,6 +73,7 @@ def test_no_target_crosses_a_document(texts: list[str], row_length: int) -> None
 @given(
     st.lists(st.integers(1, 100), min_size=1, max_size=8), st.integers(2, 20), st.integers(0, 70)
 )
+@example([10], 4, 6)  # the last piece fits the positions exactly
 def test_a_piece_goes_on_where_the_one_before_ended_while_the_model_has_positions(
     lengths: list[int], row_length: int, more: int
 ) -> None:
@@ -239,6 +240,13 @@ def test_ids_above_two_bytes_are_kept() -> None:
     assert rows[0]["labels"].tolist() == [IGNORED, 70_000, 2, IGNORED]
     assert rows.texts[0].tokens.dtype == np.uint32
     assert rows.highest_id == 70_000
+
+
+def test_the_first_token_of_a_piece_is_no_target_whatever_its_label() -> None:
+    """What would predict it is another document, or nothing."""
+    rows = pack_pieces([([1, 2], [1, 2]), ([3, 4, 5], [3, IGNORED, 5])], 5, padding=0, seed=0)
+    assert rows[0]["labels"].tolist() == [IGNORED, IGNORED, 5, IGNORED, 2]
+    assert rows.num_targets == 2
 
 
 def test_nothing_to_pack_is_refused() -> None:

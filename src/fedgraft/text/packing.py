@@ -172,6 +172,7 @@ def encode(
     The tokenizer works on all cores while a batch before is turned into numbers and written.
     """
     dtype = token_type(max(tokenizer.get_vocab().values()))
+    # this call also takes back a truncation or padding that tokenizer.json asks for
     start = [i for i in tokenizer.encode("")[:1] if i == tokenizer.bos_token_id]
     end = tokenizer.eos_token_id
 
@@ -201,7 +202,6 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[lis
     if backend is None:
         yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
         return
-    tokenizer("", add_special_tokens=False)  # takes back a truncation that tokenizer.json asks for
     for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
         yield encoding.ids
 
