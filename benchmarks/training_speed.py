@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("FEDGRAFT_DATA", HERE.parent.parent / "shared" / "data"))
-TRL = ("torch==2.13.0", "trl==1.8.0")
+TRL = ("torch==2.13.0", "trl==1.16.0")
 ROWS_PER_STEP = 16
 WAYS = ("fedgraft", "bare loop", "padded trainer", "TRL, packed")
 TRAINER = {
@@ -106,7 +106,8 @@ def packed(model: Path, options: argparse.Namespace) -> Any:
 
     corpus = Corpus.load(DATA / "dept" / "hr.jsonl", DATA / "dept" / "it_support.jsonl")
     documents = corpus.documents[: options.documents]
-    return pack(open_tokenizer(model), documents, options.row_length)
+    length = options.row_length
+    return pack(open_tokenizer(model), documents, length, num_positions=length)
 
 
 def _fedgraft(folder: Path, options: argparse.Namespace) -> float:

@@ -395,7 +395,7 @@ class _Run:
         held_out = self.material.held_out(self.study.evaluation.max_documents)
         results = []
         for department, split in self.material.splits.items():
-            rows = pack(self.tokenizer, split.train, self.study.row_length, seed=seed)
+            rows = self._pack(split.train, seed)
             dialogues = [d for d in self.material.test_dialogues if d.department == department]
 
             def make(
@@ -453,12 +453,21 @@ class _Run:
 
     def _rows(self, seed: int) -> Rows:
         documents = [d for split in self.material.splits.values() for d in split.train]
-        return pack(self.tokenizer, documents, self.study.row_length, seed=seed)
+        return self._pack(documents, seed)
 
     def _replay_rows(self, seed: int) -> Rows | None:
         if not self.material.replay:
             return None
-        return pack(self.tokenizer, self.material.replay, self.study.row_length, seed=seed)
+        return self._pack(self.material.replay, seed)
+
+    def _pack(self, documents: Sequence[Document], seed: int) -> Rows:
+        return pack(
+            self.tokenizer,
+            documents,
+            self.study.row_length,
+            seed=seed,
+            num_positions=self.family.base.config.get("max_position_embeddings"),
+        )
 
     def _hash(self, model: Path) -> str:
         """Hash of what made a model; its figures hold times, which differ from run to run."""
