@@ -1,6 +1,6 @@
 """Useful tokens a second: fedgraft beside padding, TRL's packing, and a bare loop as the limit.
 
-    .venv/bin/python benchmarks/training_speed.py                    # embedded model, department text
+    .venv/bin/python benchmarks/training_speed.py                # embedded model, department text
     .venv/bin/python benchmarks/training_speed.py --hidden 512 --layers 8 --row-length 1024
 
 Every way trains the same model in float32 on the same pieces of text, with AdamW and as many rows a
