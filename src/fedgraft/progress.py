@@ -1,5 +1,6 @@
 """Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
-    """Show how far `label` has come towards `total` units; goes to standard error."""
+    """Show how far `label` has come towards `total` units; goes to standard error.
+
+    Where nobody knows the end, `total` is infinite, and what was done is shown without a share.
+    """
     yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
 
 
@@ -35,7 +39,7 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
     )
     start = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, rate="", note="")
+        task = bar.add_task(label, total=None if math.isinf(total) else total, rate="", note="")
 
         def advance(amount: float, note: str = "") -> None:
             done = bar.tasks[task].completed + amount
@@ -58,6 +62,8 @@ def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
             rate = done / (now - start)
             left = max(0.0, total - done) / rate if rate else 0.0
             parts = [f"{done / total:.0%}", f"{rate:,.0f} {unit}/s", f"{left:.0f} s left", note]
+            if math.isinf(total):
+                parts = [f"{done:,.0f} {unit}", f"{rate:,.0f} {unit}/s", note]
             print(f"{label}: " + ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
 
     yield advance
