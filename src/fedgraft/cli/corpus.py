@@ -1,5 +1,8 @@
 """`corpus`, `crawl`: verbs that make text ready to be learned from."""
 
+import math
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,6 +117,56 @@ def corpus(
             f"fedgraft pretrain {model or 'MODEL'} --data {out / 'train.jsonl'} --tokens 10M "
             "--out runs/newer-base"
         ],
+    )
+
+
+def crawl(
+    publishers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PUBLISHER...", help="Names in fundus, e.g. TheNewYorker, or a country: us."
+        ),
+    ],
+    since: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="The first day.")],
+    until: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="The last day.")],
+    out: Annotated[Path, typer.Option("--out", help="A .jsonl file; what it holds is kept.")],
+    max_articles: Annotated[
+        int | None, typer.Option("--max-articles", min=1, help="Stop after that many new ones.")
+    ] = None,
+) -> None:
+    """Fetch news by publisher and date, a line an article: title, date, url, publisher, text.
+
+    Run it again to go on, or to add more: what the file holds is not fetched again.
+    One page a second from each publisher, as its robots.txt allows.
+    """
+    from fedgraft.progress import progress
+    from fedgraft.text.crawl import crawl, find_publishers
+
+    chosen = find_publishers(*publishers)
+    with progress("crawl", max_articles or math.inf, "articles") as advance:
+        done = crawl(
+            chosen,
+            out,
+            since=since.date(),
+            until=until.date(),
+            max_articles=max_articles,
+            written=advance,
+        )
+    if done.num_cut:
+        say("mended", f"an unfinished last line of {done.num_cut:,} bytes was cut off {out}")
+    if done.troubles:
+        say("troubles", f"{len(done.troubles):,} pages or sources could not be read")
+        for trouble in done.troubles[:NUM_BROKEN_SHOWN]:
+            say("", trouble)
+    finish(
+        "news",
+        out,
+        facts=[
+            f"{done.num_written:,} new articles; {done.num_known:,} known already, "
+            f"{done.num_out_of_range:,} of other days, {done.num_incomplete:,} without title, date "
+            "or text"
+        ],
+        steps=[f"fedgraft corpus {out} --out runs/text"],
     )
 
 
