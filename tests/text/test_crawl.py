@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 fundus = pytest.importorskip(
-    "fundus", reason="fundus is not installed: pip install 'fedgraft[news]'"
+    "fundus", reason="no fundus: pip install 'fedgraft[news]'", exc_type=ImportError
 )
 
 from fedgraft.errors import ArtefactError, CorpusError  # noqa: E402
@@ -80,7 +80,7 @@ def site() -> Iterator[Site]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     served.url = f"http://127.0.0.1:{server.server_port}"
     served.pages = {f"/news/{name}.html": page(name, day) for name, day in DAYS.items()}
