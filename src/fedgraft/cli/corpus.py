@@ -65,9 +65,15 @@ def corpus(
     Writes train.jsonl, validation.jsonl and test.jsonl. A document's split depends on
     its text alone: it stays where it is when more text comes.
     """
+    from fedgraft.errors import CorpusError
     from fedgraft.text.cleaning import Cleaning
     from fedgraft.text.corpus import BROKEN, write_corpus
 
+    if min_tokens and max_tokens and min_tokens > max_tokens:
+        raise CorpusError(
+            f"expected --min-tokens up to --max-tokens, found {min_tokens} and {max_tokens}; "
+            "swap them"
+        )
     languages = tuple(language or ("en",))
     written = write_corpus(
         data,
