@@ -40,7 +40,7 @@ def corpus(
         typer.Option(
             "--near-duplicates",
             min=0,
-            max=1,
+            max=0.99,
             help="Similarity above which a text is dropped; 0: off.",
         ),
     ] = 0.8,
