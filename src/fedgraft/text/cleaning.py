@@ -3,8 +3,8 @@
     document -> normalise -> empty? -> exact duplicate? -> other language? -> too short, too long?
              -> near duplicate? -> kept
 
-Documents stream through. What stays in memory is about 100 bytes for each text (exact duplicates) and
-about 2.2 KB for each kept one where near duplicates are looked for: 3.3 GB for 1.5 million
+Documents stream through. What stays in memory is about 100 bytes for each text (exact duplicates),
+and about 2.2 KB for each kept one where near duplicates are looked for: 3.3 GB for 1.5 million
 documents. The first of several duplicates stays. Same documents, same settings: same result.
 """
 
