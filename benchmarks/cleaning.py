@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -52,7 +51,8 @@ def measure(*paths: str, near_duplicates: float | None, language: str) -> None:
     for _ in clean(documents(*paths), settings, tally=tally):
         pass
     seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would hold the parent's peak too
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     dropped = {reason: number for reason, number in tally.dropped.items() if number}
     print(
         f"{tally.num_read:>8,} documents, {tally.num_read / seconds:>6,.0f} a second of one core, "
