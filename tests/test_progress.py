@@ -26,6 +26,16 @@ def test_a_long_job_says_how_far_it_is(
     assert captured.err == "train: 20%, 7 tokens/s, 48 s left, loss 2.000\n"
 
 
+def test_a_job_without_a_known_end_says_how_much_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 12.0])
+    monkeypatch.setattr("fedgraft.progress.time.monotonic", lambda: next(clock))
+    with progress("crawl", None, "articles") as advance:
+        advance(120)
+    assert capsys.readouterr().err == "crawl: 120 articles, 10 articles/s\n"
+
+
 def test_a_terminal_gets_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

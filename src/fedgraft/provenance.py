@@ -26,7 +26,15 @@ LIBRARIES = ("numpy", "torch", "transformers", "peft")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 Kind = Literal[
-    "checkpoint", "residual", "inspection", "graft", "adapter", "stage", "company", "rows"
+    "checkpoint",
+    "residual",
+    "inspection",
+    "graft",
+    "adapter",
+    "stage",
+    "company",
+    "corpus",
+    "rows",
 ]
 
 

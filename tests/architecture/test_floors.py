@@ -30,17 +30,23 @@ FLOOR = {
 DOORS = {"__init__", "__main__", "testing"}
 HOMES: dict[str, str | tuple[str, ...]] = {
     "blake3": "weights/",
+    "datasets": "text/sources.py",
     "flwr": "federation/flower.py",
+    "fundus": "text/crawl.py",
     "huggingface_hub": "weights/",
     "jinja2": "report/template.py",
     "lm_eval": "evaluation/harness.py",
     "matplotlib": "report/figures.py",
     "peft": "training/adapter.py",
+    "py3langid": "text/cleaning.py",
+    "pyarrow": "text/sources.py",
+    "rensa": "text/cleaning.py",
     "safetensors": ("weights/", "models.py", "training/state.py"),  # what torch saves and loads
     "sklearn": "selection/",
+    "trafilatura": "text/sources.py",
     "typer": "cli/",
     "yaml": "study/",
-    "zstandard": "weights/planes.py",
+    "zstandard": ("weights/planes.py", "text/sources.py"),
 }
 NOUNS_OF_NOTHING = {"utils", "util", "core", "common", "helpers", "helper", "manager", "misc"}
 

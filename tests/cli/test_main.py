@@ -24,6 +24,8 @@ VERBS = (
     ["residual", "inspect"],
     ["residual", "compress"],
     ["graft"],
+    ["crawl"],
+    ["corpus"],
     ["pretrain"],
     ["adapt"],
     ["evaluate"],

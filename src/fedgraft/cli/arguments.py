@@ -21,7 +21,7 @@ Out = Annotated[Path, typer.Option("--out", help="Where to write; appears comple
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 Data = Annotated[
     list[Path],
-    typer.Option("--data", help="Text: .jsonl, .txt, .md or a folder of those; repeat for more."),
+    typer.Option("--data", help="Text: what `fedgraft corpus` reads or wrote; repeat for more."),
 ]
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="A folder that `fedgraft adapt` wrote.")

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedgraft.cli import compression, evaluation, graft, studies, training, weights
+from fedgraft.cli import compression, corpus, evaluation, graft, studies, training, weights
 from fedgraft.errors import FedgraftError
 
 ORDER = (
-    *("quickstart", "family", "residual", "graft", "pretrain", "adapt", "evaluate", "study"),
-    *("report", "chat"),
+    *("quickstart", "family", "residual", "graft", "crawl", "corpus", "pretrain", "adapt"),
+    *("evaluate", "study", "report", "chat"),
 )
 """The verbs as a newcomer meets them."""
 
@@ -103,6 +103,14 @@ app.add_typer(residual, name="residual")
 app.command(
     epilog=example("fedgraft graft runs/newer-base runs/residual --out runs/grafted --scale 1.0")
 )(graft.graft)
+app.command(
+    epilog=example(
+        "fedgraft crawl TheNewYorker --from 2026-01-01 --to 2026-01-31 --out runs/news.jsonl"
+    )
+)(corpus.crawl)
+app.command(epilog=example("fedgraft corpus handbook/ news.jsonl.gz --out runs/text"))(
+    corpus.corpus
+)
 app.command(
     epilog=example(
         "fedgraft pretrain Qwen/Qwen2-0.5B --data handbook/ --tokens 10M --out runs/newer-base"

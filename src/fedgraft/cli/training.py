@@ -1,5 +1,8 @@
 """`pretrain`, `adapt`: verbs that train."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,9 +11,11 @@ import typer
 
 from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count
 from fedgraft.cli.console import finish, say
+from fedgraft.progress import is_first
 
 if TYPE_CHECKING:
-    from fedgraft.text.packing import Rows
+    from fedgraft.text.rows import Rows
+    from fedgraft.text.sources import Document
 
 NUM_PASSES = 3
 """How often an adapter reads its text where no budget is given."""
@@ -129,17 +134,19 @@ def pretrain(
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
-    continue_pretraining(
-        model,
-        _pack(model, data, row_length, seed),
-        out,
-        settings,
-        replay=_pack(model, replay, row_length, seed) if replay else None,
-        replay_share=replay_share if replay else 0.0,
-        overwrite=overwrite,
-        sharded=shard,
-        watchers=tuple(reporter.value for reporter in report_to or ()),
-    )
+    old = _packed(model, replay, out, row_length, seed, "replay") if replay else nullcontext()
+    with _packed(model, data, out, row_length, seed) as rows, old as replayed:
+        continue_pretraining(
+            model,
+            rows,
+            out,
+            settings,
+            replay=replayed,
+            replay_share=replay_share if replay else 0.0,
+            overwrite=overwrite,
+            sharded=shard,
+            watchers=tuple(reporter.value for reporter in report_to or ()),
+        )
     facts = [f"{tokens:,} tokens: {budget_path(out, tokens)}" for tokens in budgets]
     finish(
         "checkpoint", out, facts=facts, steps=[f"fedgraft graft {out} RESIDUAL --out runs/grafted"]
@@ -175,35 +182,67 @@ def adapt(
     from fedgraft.training.adapter import train_adapter
     from fedgraft.training.settings import AdapterSettings
 
-    rows = _pack(model, data, row_length, seed)
-    settings = AdapterSettings(
-        num_tokens=tokens or NUM_PASSES * rows.num_tokens,
-        learning_rate=learning_rate,
-        rank=rank,
-        seed=seed,
-    )
-    train_adapter(model, rows, out, settings, department=department, overwrite=overwrite)
+    with _packed(model, data, out, row_length, seed) as rows:
+        settings = AdapterSettings(
+            num_tokens=tokens or NUM_PASSES * rows.num_tokens,
+            learning_rate=learning_rate,
+            rank=rank,
+            seed=seed,
+        )
+        train_adapter(model, rows, out, settings, department=department, overwrite=overwrite)
     finish("adapter", out, steps=[f"fedgraft chat {model} --adapter {out}"])
 
 
-def _pack(model: str, paths: list[Path], row_length: int, seed: int) -> "Rows":
-    """The text below some paths as rows for a model, with a line on what was read."""
+@contextmanager
+def _packed(
+    model: str, paths: list[Path], out: Path, row_length: int, seed: int, role: str = "text"
+) -> Iterator["Rows"]:
+    """The text below some paths as rows for a model, kept on disk beside `out` until it is done.
+
+    A corpus that `fedgraft corpus` wrote is read where it is for training, not where it is held
+    out.
+    """
     from fedgraft.models import open_tokenizer
-    from fedgraft.text.corpus import Corpus
-    from fedgraft.text.packing import pack
+    from fedgraft.text.cache import packed
+    from fedgraft.training.processes import first_goes_first
     from fedgraft.weights.checkpoint import read_config, resolve
 
-    corpus = Corpus.load(*paths)
-    rows = pack(
-        open_tokenizer(resolve(model)),
-        corpus.documents,
-        row_length,
-        seed=seed,
-        num_positions=read_config(resolve(model)).get("max_position_embeddings"),
-    )
-    say(
-        "text",
-        f"{len(corpus.documents):,} documents, {rows.num_tokens:,} tokens in {len(rows):,} rows; "
-        f"{corpus.num_duplicates:,} exact duplicates dropped",
-    )
-    return rows
+    folder = out.absolute().with_name(f".{out.name}.{role}")
+    text = _Text([_training_part(path) for path in paths])
+    with first_goes_first():
+        rows, line = packed(
+            open_tokenizer(resolve(model)),
+            text,
+            folder,
+            row_length,
+            seed=seed,
+            num_positions=read_config(resolve(model)).get("max_position_embeddings"),
+        )
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in text.tally.dropped.items() if n)
+    say(role, f"{text.tally.num_kept:,} documents{f'; dropped: {dropped}' if dropped else ''}")
+    say("", line)
+    yield rows
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _training_part(path: Path) -> Path:
+    from fedgraft.provenance import Record
+
+    record = Record.read(path) if path.is_dir() else None
+    return path / "train.jsonl" if record and record.kind == "corpus" else path
+
+
+class _Text:
+    """Documents that can be read again; what the last reading dropped is in `tally`."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __iter__(self) -> "Iterator[Document]":
+        from fedgraft.text.cleaning import Cleaning, Tally, clean
+        from fedgraft.text.sources import documents
+
+        self.tally = Tally()
+        as_it_is = Cleaning(near_duplicates=None, languages=None)
+        yield from clean(documents(*self._paths), as_it_is, tally=self.tally)

@@ -1,4 +1,11 @@
-"""A department's text: documents from JSONL, plain text and Markdown, without exact duplicates.
+"""A department's text, in memory or on disk: what its sources hold, without duplicates, in splits.
+
+    Corpus.load     all documents in memory, without exact duplicates: for studies and departments
+    write_corpus    sources of any size, cleaned and split into files:
+
+        out/train.jsonl  validation.jsonl  test.jsonl     a document a line: id, facts, text
+        out/broken.txt                                    lines that were passed over, if any
+        out/fedgraft.json                                 the record
 
 Nothing is dropped in silence: duplicates are counted, and a line or a file that cannot be read
 stops the load with its place.
@@ -7,32 +14,42 @@ stops the load with its place.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from fedgraft.errors import CorpusError, FedgraftError
+from fedgraft.progress import progress
+from fedgraft.provenance import Record, new_artefact
+from fedgraft.text.cleaning import Cleaning, Count, Tally, clean
+from fedgraft.text.sources import (
+    SUFFIXES,
+    Document,
+    Part,
+    check_shares,
+    documents,
+    num_bytes,
+    read_json_lines,
+    split_of,
+)
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "Splits",
+    "Written",
+    "load_lines",
+    "read_json_lines",
+    "write_corpus",
+]
 
 _Line = TypeVar("_Line", bound=BaseModel)
 
-SUFFIXES = (".jsonl", ".txt", ".md")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """One text and where it came from."""
-
-    id: str
-    text: str
-    source: str
-
-    @property
-    def hash(self) -> str:
-        """Hash of the text alone: the same text is the same document, wherever it stands."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+BROKEN = "broken.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,28 +76,24 @@ class Corpus:
     ) -> "Corpus":
         """Read files and folders in the order given (a folder's files by name).
 
-        Raises CorpusError, with file and line, for a missing path, a suffix other than .jsonl, .txt
-        or .md, bytes that are not UTF-8, a broken line, a missing field, or no text at all.
+        Raises CorpusError, with file and line, for a missing path, a kind of file that is not read,
+        bytes that are not UTF-8, a broken line, a missing field, or no text at all.
         """
-        seen: set[str] = set()
-        documents: list[Document] = []
+        kept: dict[str, Document] = {}
         num_read = 0
-        for file in _files(paths):
-            for document in _read(file, field):
+        for document in documents(*paths, field=field):
+            if document.text.strip():
                 num_read += 1
-                found = document.hash
-                if found not in seen:
-                    seen.add(found)
-                    documents.append(document)
-        if not documents:
+                kept.setdefault(document.hash, document)
+        if not kept:
             raise CorpusError(
                 f"expected at least one document with text, found none in "
                 f"{', '.join(map(str, paths)) or 'no path at all'}; name files or folders with "
                 f"{', '.join(SUFFIXES)}"
             )
         return cls(
-            documents=tuple(documents),
-            num_duplicates=num_read - len(documents),
+            documents=tuple(kept.values()),
+            num_duplicates=num_read - len(kept),
             department=department,
         )
 
@@ -89,78 +102,119 @@ class Corpus:
 
         Raises CorpusError where the shares leave nothing for training.
         """
-        if validation < 0 or test < 0 or validation + test >= 1:
-            raise CorpusError(
-                f"expected shares for validation and test that leave text for training, found "
-                f"{validation} and {test}; choose them with a sum below 1"
-            )
-        parts: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
+        check_shares(validation, test)
+        parts: dict[Part, list[Document]] = {"train": [], "validation": [], "test": []}
         for document in self.documents:
-            place = int(document.hash[:8], 16) / 2**32
-            name = "test" if place < test else "validation"
-            parts[name if place < test + validation else "train"].append(document)
-        return Splits(**{name: tuple(part) for name, part in parts.items()})
+            parts[split_of(document, validation=validation, test=test)].append(document)
+        return Splits(
+            train=tuple(parts["train"]),
+            validation=tuple(parts["validation"]),
+            test=tuple(parts["test"]),
+        )
 
 
-def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            yield from sorted(p for p in inside if p.is_file())
-        elif not path.exists():
-            raise CorpusError(f"expected a file or folder of text at {path}, found nothing there")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise CorpusError(
-                f"expected a file with one of {', '.join(SUFFIXES)}, found {path}; convert it or "
-                "name a folder"
-            )
-        else:
-            yield path
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What `write_corpus` wrote, and what it left out."""
+
+    tally: Tally
+    broken: tuple[str, ...]
+    """A message with file and line for each line or file that was passed over."""
+    num_documents: dict[Part, int]
+    num_tokens: dict[Part, int]
+    """Empty where nothing counted tokens."""
 
 
-def _read(file: Path, field: str) -> Iterator[Document]:
-    if file.suffix.lower() == ".jsonl":
-        for number, row in read_json_lines(file):
-            text = row.get(field)
-            if not isinstance(text, str):
-                raise CorpusError(
-                    f"{file}, line {number}: expected text in the field {field!r}, found the "
-                    f"fields {', '.join(map(repr, row)) or 'none'}; name the right field or mend "
-                    "the line"
-                )
-            _check_characters(text, file, number)
-            if text.strip():
-                name = str(row.get("id", f"{file.name}:{number}"))
-                yield Document(id=name, text=text, source=file.name)
-    else:
-        with _opened(file) as opened:
-            text = _decode(opened.read(), file)
-        if text.strip():
-            yield Document(id=file.name, text=text, source=file.name)
+def write_corpus(
+    paths: Sequence[str | Path],
+    out: Path,
+    cleaning: Cleaning,
+    *,
+    count: Count | None = None,
+    validation: float = 0.1,
+    test: float = 0.1,
+    field: str = "text",
+    max_broken: int = 0,
+    overwrite: bool = False,
+) -> Written:
+    """Read sources, clean and split what they hold, and write it; memory does not grow with it.
 
+    What does grow is what finds duplicates: see `cleaning`.
 
-def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line number and object of each line that is not blank.
+    Arguments:
+        paths, field, max_broken: as for `documents`.
+        count: the model's tokenizer, as for `clean`.
 
-    Raises CorpusError with file and line where a line is not UTF-8, not JSON or not an object.
+    Raises CorpusError for sources that cannot be read, for shares that leave nothing for training,
+    and where no document is left; ArtefactError where `out` exists or cannot be written.
     """
-    with _opened(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(line, file, number))
-            except json.JSONDecodeError as error:
-                raise CorpusError(
-                    f"{file}, line {number}: expected a JSON object, found {error.msg} at column "
-                    f"{error.colno}; mend or remove the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise CorpusError(
-                    f"{file}, line {number}: expected a JSON object, found {type(row).__name__}; "
-                    "mend or remove the line"
-                )
-            yield number, row
+    check_shares(validation, test)
+    broken: list[str] = []
+    tally = Tally()
+    num_documents = dict.fromkeys(PARTS, 0)
+    num_tokens = dict.fromkeys(PARTS, 0) if count else {}
+    digest = hashlib.sha256()
+
+    def told(read: Iterator[Document]) -> Iterator[Document]:
+        for document in read:
+            digest.update(bytes.fromhex(document.hash))
+            yield document
+
+    total = num_bytes(*paths)
+    unit = "documents" if total is None else "MB"
+    with (
+        new_artefact(out, overwrite=overwrite) as folder,
+        ExitStack() as opened,
+        progress("clean", None if total is None else total / 1e6, unit) as advance,
+    ):
+        files = {
+            part: opened.enter_context((folder / f"{part}.jsonl").open("w", encoding="utf-8"))
+            for part in PARTS
+        }
+        read = documents(
+            *paths,
+            field=field,
+            max_broken=max_broken,
+            broken=broken,
+            read=lambda size: advance(size / 1e6, f"{tally.num_read:,} documents"),
+        )
+        for document in clean(told(read), cleaning, tally=tally, count=count):
+            part = split_of(document, validation=validation, test=test)
+            line = {"id": document.id, **document.facts, "text": document.text}
+            files[part].write(json.dumps(line, ensure_ascii=False) + "\n")
+            num_documents[part] += 1
+            if count:
+                num_tokens[part] += document.num_tokens or 0
+            if total is None:
+                advance(1)
+        if not tally.num_kept:
+            dropped = ", ".join(f"{number} {reason}" for reason, number in tally.dropped.items())
+            raise CorpusError(
+                f"expected at least one document to keep in {', '.join(map(str, paths))}, found "
+                f"{tally.num_read} and dropped all ({dropped}); name other text or ask for less"
+            )
+        if broken:
+            (folder / BROKEN).write_text("\n".join(broken) + "\n", encoding="utf-8")
+        Record.make(
+            "corpus",
+            inputs={"documents": "sha256:" + digest.hexdigest()},
+            settings={
+                "cleaning": cleaning.model_dump(mode="json"),
+                "validation": validation,
+                "test": test,
+            },
+            figures={
+                "num_read": tally.num_read,
+                "num_normalised": tally.num_changed,
+                "num_dropped": tally.dropped,
+                "num_broken": len(broken),
+                "num_documents": num_documents,
+                "num_tokens": num_tokens,
+            },
+        ).write(folder)
+    return Written(
+        tally=tally, broken=tuple(broken), num_documents=num_documents, num_tokens=num_tokens
+    )
 
 
 def load_lines(
@@ -186,39 +240,3 @@ def load_lines(
     if not records:
         raise error(f"{file}: expected at least one {noun}, found none")
     return tuple(records)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
-    try:
-        opened = file.open("rb")
-    except OSError as error:
-        raise CorpusError(
-            f"expected a file to read at {file}, found: {error.strerror}; check its name and rights"
-        ) from error
-    with opened:
-        yield opened
-
-
-def _check_characters(text: str, file: Path, line: int) -> None:
-    """JSON can spell half a surrogate pair, which is no character and has no bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{file}, line {line}: expected characters of Unicode, found the lone surrogate "
-            f"\\u{ord(text[error.start]):04x} at character {error.start} of the text; mend "
-            "or remove the line"
-        ) from error
-
-
-def _decode(data: bytes, file: Path, line: int | None = None) -> str:
-    """The text without the byte order mark that some editors put before it."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        place = f"line {line}, " if line else ""
-        raise CorpusError(
-            f"{file}, {place}byte {error.start}: expected UTF-8 text, found the byte "
-            f"0x{data[error.start]:02x}; convert the file to UTF-8"
-        ) from error
