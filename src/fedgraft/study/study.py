@@ -4,7 +4,7 @@ Paths may name a place, `pocket:base` or `data:dept/hr.jsonl`; the caller says w
 Others are relative to the study file. A model may also be a name on the hub.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +74,28 @@ class Merging(_Part):
     factors: Factors = Factors()
 
 
+class Domains(_Part):
+    """Texts of other kinds, each read alone: how far is it from what the base knows, and what does
+    reading it cost?"""
+
+    num_tokens: int = Field(gt=0)
+    """Read of each; one of the curve's budgets, where the study's own text is compared with them.
+    Without replay, at the learning rate of `pretrain`."""
+    own: str = "own text"
+    """What the study's own text is called beside them."""
+    texts: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Texts] = Field(min_length=1)
+
+
+class Curve(_Part):
+    """A study of forgetting against tokens, in place of a study of arms."""
+
+    budgets: tuple[int, ...] = Field(min_length=2)
+    """Tokens at which every model is scored, ascending; the last is `pretrain.num_tokens`."""
+    learning_rates: tuple[float, ...] = ()
+    """That of `pretrain` and others; that one alone where empty."""
+    domains: Domains | None = None
+
+
 class EvaluationPart(_Part):
     """How arms are scored."""
 
@@ -82,7 +104,8 @@ class EvaluationPart(_Part):
     max_documents: int | None = Field(default=None, gt=0)
     """Held-out documents a department at most, the first by hash; all where None."""
     max_dialogues: int | None = Field(default=None, gt=0)
-    """Dialogues in the search for the scale at most; the reported test set is never cut."""
+    """Dialogues in the search for the scale at most, and at each point of a curve; the test set of
+    arms is never cut."""
 
 
 class Study(_Part):
@@ -101,6 +124,8 @@ class Study(_Part):
     merging: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Merging] = {}
     """By name, other ways to add the residual; each gets its own scale and its own test scores."""
     adapters: AdapterSettings | None = None
+    curve: Curve | None = None
+    """With it the study is one of forgetting against tokens, with replay and without."""
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
     gate: tuple[Rule, ...] = DEFAULT_RULES
@@ -126,7 +151,43 @@ class Study(_Part):
             raise ValueError("a comparison of ways to merge needs dialogues (validation and test)")
         if len(self.scale.grid) > 1 and self.dialogues is None:
             raise ValueError("a search for the scale needs dialogues (validation and test)")
+        if self.curve:
+            self._check_curve(self.curve)
         return self
+
+    def _check_curve(self, curve: Curve) -> None:
+        pretrain, domains = self.pretrain, curve.domains
+        if idle := {"scale", "merging", "adapters", "gate", "tuning"} & self.model_fields_set:
+            raise ValueError(
+                f"a curve grafts the plain residual and tunes nothing; take {_listed(idle)} out"
+            )
+        if self.dialogues is None:
+            raise ValueError("a curve of forgetting needs dialogues (validation and test)")
+        if list(curve.budgets) != sorted({*curve.budgets, pretrain.num_tokens}):
+            raise ValueError(
+                f"curve.budgets: expected them ascending, the last as pretrain.num_tokens, found "
+                f"{list(curve.budgets)} and {pretrain.num_tokens}"
+            )
+        if pretrain.schedule != "constant":
+            raise ValueError(
+                "pretrain.schedule: expected constant, so that no budget is read at rates that "
+                f"another one chose, found {pretrain.schedule}"
+            )
+        if curve.learning_rates and pretrain.learning_rate not in curve.learning_rates:
+            raise ValueError(
+                f"curve.learning_rates: expected that of pretrain, {pretrain.learning_rate:g}, "
+                f"among them, found {list(curve.learning_rates)}"
+            )
+        if domains and domains.num_tokens not in curve.budgets:
+            raise ValueError(
+                f"curve.domains.num_tokens: expected one of the budgets {list(curve.budgets)}, "
+                f"found {domains.num_tokens}"
+            )
+        if domains and domains.own in domains.texts:
+            raise ValueError(
+                f"curve.domains.texts: {domains.own} is what the study's own text is called; take "
+                "another name"
+            )
 
     @classmethod
     def load(cls, file: str | Path, places: Mapping[str, Path]) -> "Study":
@@ -189,3 +250,7 @@ class Study(_Part):
         if faults:
             raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
         return Study.model_validate(content)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
