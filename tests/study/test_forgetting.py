@@ -1,6 +1,5 @@
 """A curve of forgetting, tiny and real: its points are comparable, and nothing is done twice."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,23 +9,11 @@ import pytest
 import torch
 from tests.study.small import page, write_lines, write_material, write_study
 
-from fedgraft.errors import StudyError
-from fedgraft.evaluation.scorecard import FOLLOWED
-from fedgraft.provenance import Record
-from fedgraft.study import arms
 from fedgraft.study.forgetting import (
-    ARMS,
-    FORGOTTEN,
-    NEW_FACTS,
-    OLD_FACTS,
-    TEXT,
-    at_equal_distances,
     run,
-    ways,
 )
-from fedgraft.study.result import Forgetting, load_result
+from fedgraft.study.result import Forgetting
 from fedgraft.study.study import Study
-from fedgraft.weights.checkpoint import Checkpoint
 
 BUDGETS = (256, 512, 1024)
 CURVE: dict[str, Any] = {

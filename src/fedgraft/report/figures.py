@@ -14,6 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ed"
 GREY, BLUE, VERMILION, GREEN = "#8a94a3", "#0072b2", "#d55e00", "#009e73"
@@ -55,6 +56,9 @@ class Series:
     x: Sequence[float | None]
     """Values; None where one is missing."""
     y: Sequence[float | None] = ()
+    low: Sequence[float | None] = ()
+    """The lowest of what `y` is the mean of."""
+    high: Sequence[float | None] = ()
 
 
 def bars(series: Sequence[Series], *, target: float | None = None, upper: float = 100) -> str:
@@ -99,51 +103,21 @@ def changes(series: Sequence[Series], groups: Sequence[str]) -> str:
         step = 0.5 / max(len(series) - 1, 1)
         for number, row in enumerate(series):
             offset = (number - (len(series) - 1) / 2) * step
-            places = [place + offset for place in range(len(groups))]
-            dots = [(value, y) for value, y in zip(row.x, places, strict=True) if value is not None]
-            axes.plot(
-                [value for value, _ in dots],
-                [y for _, y in dots],
-                MARKS[number % len(MARKS)],
-                color=row.colour,
-                markersize=6.5,
-                label=row.name,
-            )
-            for value, y in zip(row.x, places, strict=True):
-                if value is None:
-                    _missing(axes, 0, y, row.name)
-        axes.margins(x=0.12)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
-        _rows(axes, groups)
-        _legend(figure, axes)
-        return _svg(figure)
-
-
-def lines(
-    series: Sequence[Series], *, x_label: str, y_label: str, chosen: Sequence[float] = ()
-) -> str:
-    """Curves of `y` over `x`; `chosen` are places on the x axis that were picked."""
-    with mpl.rc_context(STYLE):
-        figure, axes = _plot(2.9)
-        names = list(dict.fromkeys(row.name for row in series))
-        for row in series:
-            points = [
-                (x, y) for x, y in zip(row.x, row.y, strict=True) if x is not None and y is not None
-            ]
-            number = names.index(row.name)
-            few = len(points) <= 20
-            axes.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                color=row.colour,
-                linewidth=1.8,
-                linestyle="-" if few else DASHES[number % len(DASHES)],
-                marker=MARKS[number % len(MARKS)] if few else "",
-                markersize=5,
-                label=row.name,
-            )
-        for place in chosen:
-            axes.axvline(place, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
+            for number, name in enumerate(names):
+            x = next((row.x[number] for row in series if row.x[number] is not None), None)
+            if x is not None:
+                axes.annotate(
+                    name if x in tops else f"{name} missing",
+                    (x, tops.get(x, 0)),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    rotation=35,
+                    ha="left",
+                    va="bottom",
+                    fontsize=8.5,
+                    color=SOFT,
+                )
+        axes.margins(x=0.16, y=0.3)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.tick_params(axis="y", labelcolor=SOFT)
@@ -175,6 +149,23 @@ def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:
         axes.xaxis.set_visible(False)
         _rows(axes, [row.name for row in series])
         return _svg(figure)
+
+
+def _known(row: Series) -> list[tuple[float, float, float, float]]:
+    """x, y, low and high of the dots that are not missing."""
+    return [
+        (x, y, low, high)
+        for x, y, low, high in zip(row.x, row.y, row.low, row.high, strict=True)
+        if x is not None and y is not None and low is not None and high is not None
+    ]
+
+
+def _short(number: float) -> str:
+    """`25k`, `1.5M`: a tick that fits."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{suffix}"
+    return f"{number:g}"
 
 
 def _plot(height: float) -> tuple[Figure, Axes]:

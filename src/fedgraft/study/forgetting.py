@@ -12,7 +12,6 @@ what the base as it came needs for a token of it, in nats.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import correlation, fmean
 
@@ -22,11 +21,17 @@ from fedgraft.study.comparison import summarise
 from fedgraft.study.material import first_by_hash
 from fedgraft.study.result import (
     ARM_WORDS,
+    CURVE_ARMS,
+    FORGOTTEN,
+    NEW_FACTS,
+    OLD_FACTS,
+    TEXT,
     CurvePoint,
     DomainResult,
     Forgetting,
     Point,
     Summary,
+    Way,
 )
 from fedgraft.study.run import Run, at_budget, versions
 from fedgraft.study.stage import Say
@@ -35,31 +40,9 @@ from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
 from fedgraft.training.trainer import TrainingSettings
 
-ARMS = ("s1", "pretrained_base", "graft")
-OLD_FACTS, NEW_FACTS = "knowledge/asked/old", "knowledge/asked/new"
-TEXT = "perplexity/new/nats_per_token"
-"""Of the new text of all departments; of a domain, the domain's."""
 SCORES = (FOLLOWED, RIGHT_AND_FOLLOWED, OLD_FACTS, NEW_FACTS, TEXT)
 RECALL = ("knowledge/recall/old", "knowledge/recall/new")
-FORGOTTEN = "forgotten"
 SCALE = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
-    """How both sides are trained; what sets one panel of the report apart from another."""
-
-    learning_rate: float
-    replay: float
-
-    @property
-    def place(self) -> Path:
-        return Path("curve", f"rate-{self.learning_rate:g}-replay-{self.replay:g}")
-
-    @property
-    def words(self) -> str:
-        replay = f"replay {self.replay:.0%}" if self.replay else "no replay"
-        return f"rate {self.learning_rate:g}, {replay}"
 
 
 def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
@@ -131,13 +114,12 @@ class _Forgetting(Run):
             verdict=verdict(study, found, curves, domains),
             seeds=study.seeds,
             own=curve.domains.own if curve.domains else "own text",
-            words={arm: ARM_WORDS[arm] for arm in ("base", "instruct", *ARMS)},
+            words={arm: ARM_WORDS[arm] for arm in ("base", "instruct", *CURVE_ARMS)},
             references=found,
             points=tuple(
                 Point(
                     arm=card.arm,
-                    learning_rate=way.learning_rate,
-                    replay=way.replay,
+                    way=way,
                     num_tokens=num_tokens,
                     seed=card.seed or 0,
                     scores={name: score.value for name, score in card.scores.items()},
@@ -160,7 +142,8 @@ class _Forgetting(Run):
         curve = self.study.curve
         assert curve
         settings = self.study.pretrain.model_copy(update={"learning_rate": way.learning_rate})
-        place = way.place / f"seed-{seed}"
+        name = f"rate-{way.learning_rate:g}-replay-{way.replay:g}"
+        place = Path("curve", name, f"seed-{seed}")
         sides = {
             arm: self._read(
                 arm, seed, model, self.material.new, settings, place, way.words, way.replay
@@ -169,7 +152,7 @@ class _Forgetting(Run):
         }
         for budget in curve.budgets:
             last = budget == curve.budgets[-1]
-            for arm in ARMS:
+            for arm in CURVE_ARMS:
                 side = sides["s1" if arm == "s1" else "pretrained_base"]
                 model = side if last else at_budget(side, budget)
                 where = place / "scores" / f"{arm}-{budget}"
@@ -274,8 +257,7 @@ def _over_seeds(points: Sequence[tuple[Way, int, Scorecard]]) -> Iterator[CurveP
     for (way, num_tokens, arm), cards in groups.items():
         yield CurvePoint(
             arm=arm,
-            learning_rate=way.learning_rate,
-            replay=way.replay,
+            way=way,
             num_tokens=num_tokens,
             scores=summarise(cards)[arm],
         )
@@ -315,13 +297,14 @@ def verdict(
     """
     assert study.curve
     budget, rate = study.curve.budgets[-1], study.pretrain.learning_rate
-    last = {(p.arm, p.learning_rate, p.replay): p.scores for p in curves if p.num_tokens == budget}
+    last = {(p.arm, p.way): p.scores for p in curves if p.num_tokens == budget}
     before = references["instruct"].get(FOLLOWED)
     if before is None:
         return "Following was not asked, so that nothing can be said about forgetting."
 
     def lost(arm: str, learning_rate: float, replay: float) -> float:
-        return before - last[arm, learning_rate, replay][FOLLOWED].mean
+        way = Way(learning_rate=learning_rate, replay=replay)
+        return before - last[arm, way][FOLLOWED].mean
 
     sentences = [
         f"The instruct model follows {before:.0%} of the prompts. After {budget:,} tokens at rate "
@@ -340,7 +323,9 @@ def verdict(
                 f"At rate {other:g}, without replay, S1 {_change(lost('s1', other, 0))}, the graft "
                 f"{_change(lost('graft', other, 0))}."
             )
-    known = {arm: last[arm, rate, 0.0].get(NEW_FACTS) for arm in ("s1", "graft")}
+    known = {
+        arm: last[arm, Way(learning_rate=rate, replay=0)].get(NEW_FACTS) for arm in ("s1", "graft")
+    }
     if known["s1"] and known["graft"]:
         sentences.append(
             f"Asked in chat, S1 then knows {known['s1'].mean:.0%} of the new facts, the graft "

@@ -31,7 +31,7 @@ A study of forgetting goes on:
     own                what the study's own text is called among the domains
     words              arm -> what it is
     references         base and instruct as they came: score -> value
-    points             arm, learning rate, replay share, tokens and seed: score -> value
+    points             arm, way (learning rate, replay share), tokens and seed: score -> value
     curves             the same over the seeds: score -> mean and spread
     domains            for each text: nats per token of the base as it came, tokens read, and
                        arm -> score -> mean and spread; `forgotten` among them is what the arm
@@ -62,6 +62,12 @@ ARM_WORDS = {
     "pretrained_base": "base, pre-trained on the new text",
     "graft": "base, pre-trained on the new text, plus the residual",
 }
+
+CURVE_ARMS = ("s1", "pretrained_base", "graft")
+OLD_FACTS, NEW_FACTS = "knowledge/asked/old", "knowledge/asked/new"
+TEXT = "perplexity/new/nats_per_token"
+"""On a curve: of the new text of all departments; of a domain, the domain's."""
+FORGOTTEN = "forgotten"
 
 
 class _Record(BaseModel):
@@ -178,13 +184,25 @@ class Result(_Found):
     tokens: int
 
 
+class Way(_Record):
+    """How both sides of a curve were trained."""
+
+    learning_rate: float
+    replay: float
+    """Share of old text in what they read."""
+
+    @property
+    def words(self) -> str:
+        """`rate 0.0004, replay 30%`."""
+        replay = f"replay {self.replay:.0%}" if self.replay else "no replay"
+        return f"rate {self.learning_rate:g}, {replay}"
+
+
 class Point(_Record):
     """One model, after so many tokens."""
 
     arm: str
-    learning_rate: float
-    replay: float
-    """Share of old text in what it read."""
+    way: Way
     num_tokens: int
     seed: int
     scores: dict[str, float]
@@ -194,8 +212,7 @@ class CurvePoint(_Record):
     """The models of all seeds, after so many tokens."""
 
     arm: str
-    learning_rate: float
-    replay: float
+    way: Way
     num_tokens: int
     scores: dict[str, Summary]
 
