@@ -103,12 +103,128 @@ def changes(series: Sequence[Series], groups: Sequence[str]) -> str:
         step = 0.5 / max(len(series) - 1, 1)
         for number, row in enumerate(series):
             offset = (number - (len(series) - 1) / 2) * step
-            for number, name in enumerate(names):
-            x = next((row.x[number] for row in series if row.x[number] is not None), None)
-            if x is not None:
+            places = [place + offset for place in range(len(groups))]
+            dots = [(value, y) for value, y in zip(row.x, places, strict=True) if value is not None]
+            axes.plot(
+                [value for value, _ in dots],
+                [y for _, y in dots],
+                MARKS[number % len(MARKS)],
+                color=row.colour,
+                markersize=6.5,
+                label=row.name,
+            )
+            for value, y in zip(row.x, places, strict=True):
+                if value is None:
+                    _missing(axes, 0, y, row.name)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
+        _rows(axes, groups)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def lines(
+    series: Sequence[Series], *, x_label: str, y_label: str, chosen: Sequence[float] = ()
+) -> str:
+    """Curves of `y` over `x`; `chosen` are places on the x axis that were picked."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(2.9)
+        names = list(dict.fromkeys(row.name for row in series))
+        for row in series:
+            points = [
+                (x, y) for x, y in zip(row.x, row.y, strict=True) if x is not None and y is not None
+            ]
+            number = names.index(row.name)
+            few = len(points) <= 20
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=row.colour,
+                linewidth=1.8,
+                linestyle="-" if few else DASHES[number % len(DASHES)],
+                marker=MARKS[number % len(MARKS)] if few else "",
+                markersize=5,
+                label=row.name,
+            )
+        for place in chosen:
+            axes.axvline(place, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(axis="y", labelcolor=SOFT)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def curves(
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """Lines of means over a logarithmic x axis, each in the band from its lowest to its highest.
+
+    `levels` are dashed lines at their first `y`, to be compared with.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(2.9)
+        axes.set_xscale("log")
+        for level in levels:
+            if level.y and level.y[0] is not None:
+                axes.axhline(
+                    level.y[0], color=level.colour, linestyle=(0, (4, 3)), label=level.name
+                )
+        ticks = sorted({x for row in series for x in row.x if x is not None})
+        gaps = []
+        for number, row in enumerate(series):
+            known = _known(row)
+            if len(known) < len(row.x):
+                gaps.append(row.name)
+            x, y, low, high = ([dot[part] for dot in known] for part in range(4))
+            axes.fill_between(x, low, high, color=row.colour, alpha=0.18, linewidth=0)
+            mark = MARKS[number % len(MARKS)]
+            axes.plot(x, y, color=row.colour, linewidth=1.8, marker=mark, markersize=5)
+            axes.plot([], [], color=row.colour, marker=mark, markersize=5, label=row.name)
+        if gaps:
+            axes.annotate(
+                f"{', '.join(gaps)} missing",
+                (0.02, 0.04),
+                xycoords="axes fraction",
+                color=SOFT,
+                style="italic",
+            )
+        if ticks:
+            axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        if y_range:
+            axes.set_ylim(*y_range)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(axis="y", labelcolor=SOFT)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def scatter(series: Sequence[Series], names: Sequence[str], *, x_label: str, y_label: str) -> str:
+    """Dots with a whisker from their lowest to their highest; those of one x share a name."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(3.6)
+        axes.axhline(0, color=SOFT, linewidth=1.2)
+        tops: dict[float, float] = {}
+        for number, row in enumerate(series):
+            for x, y, low, high in _known(row):
+                axes.plot([x, x], [low, high], color=row.colour, linewidth=1.3, alpha=0.7)
+                mark = MARKS[number % len(MARKS)]
+                axes.plot([x], [y], mark, color=row.colour, markersize=7, label=row.name)
+                tops[x] = max(high, tops.get(x, high))
+        for number, name in enumerate(names):
+            place = next((row.x[number] for row in series if row.x[number] is not None), None)
+            if place is not None:
                 axes.annotate(
-                    name if x in tops else f"{name} missing",
-                    (x, tops.get(x, 0)),
+                    name if place in tops else f"{name} missing",
+                    (place, tops.get(place, 0)),
                     xytext=(0, 6),
                     textcoords="offset points",
                     rotation=35,
