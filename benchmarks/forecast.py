@@ -30,7 +30,7 @@ from fedgraft.text.corpus import Corpus, Splits
 from fedgraft.text.dialogues import Dialogue, load_dialogues
 from fedgraft.text.packing import pack
 from fedgraft.training.pretrain import continue_pretraining
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.settings import TrainingSettings
 from fedgraft.weights.family import Family
 from fedgraft.weights.inspection import KEPT, inspect
 from fedgraft.weights.live import Live, applied

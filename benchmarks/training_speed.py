@@ -27,7 +27,8 @@ def measure(what: str) -> float:
     from fedgraft.pocket.entities import Company
     from fedgraft.pocket.weights import folder
     from fedgraft.text.packing import pack
-    from fedgraft.training.trainer import TrainingSettings, keep_freed_memory, train
+    from fedgraft.training.settings import TrainingSettings
+    from fedgraft.training.trainer import keep_freed_memory, train
 
     model = open_model(folder / "base")
     rows = pack(open_tokenizer(folder / "base"), pages_of_year(Company.found(SEED), 2, SEED), 256)

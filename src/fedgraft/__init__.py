@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from fedgraft.text.dialogues import load_dialogues as load_dialogues
     from fedgraft.text.dialogues import pack_dialogues as pack_dialogues
     from fedgraft.text.packing import pack as pack
-    from fedgraft.training.adapter import AdapterSettings as AdapterSettings
     from fedgraft.training.adapter import merge_adapter as merge_adapter
     from fedgraft.training.adapter import open_adapted as open_adapted
     from fedgraft.training.adapter import train_adapter as train_adapter
     from fedgraft.training.pretrain import continue_pretraining as continue_pretraining
-    from fedgraft.training.trainer import TrainingSettings as TrainingSettings
+    from fedgraft.training.settings import AdapterSettings as AdapterSettings
+    from fedgraft.training.settings import PretrainSettings as PretrainSettings
+    from fedgraft.training.settings import TrainingSettings as TrainingSettings
     from fedgraft.weights.adapted import Adapted as Adapted
     from fedgraft.weights.checkpoint import Checkpoint as Checkpoint
     from fedgraft.weights.compression import compress as compress
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapted": "fedgraft.weights.adapted",
-    "AdapterSettings": "fedgraft.training.adapter",
+    "AdapterSettings": "fedgraft.training.settings",
     "Checkpoint": "fedgraft.weights.checkpoint",
     "Corpus": "fedgraft.text.corpus",
     "Dialogue": "fedgraft.text.dialogues",
@@ -61,7 +62,8 @@ _HOME = {
     "Result": "fedgraft.study.result",
     "Scorecard": "fedgraft.evaluation.scorecard",
     "Study": "fedgraft.study.study",
-    "TrainingSettings": "fedgraft.training.trainer",
+    "PretrainSettings": "fedgraft.training.settings",
+    "TrainingSettings": "fedgraft.training.settings",
     "applied": "fedgraft.weights.live",
     "choose_scale": "fedgraft.evaluation.closeness",
     "compress": "fedgraft.weights.compression",

@@ -4,7 +4,9 @@ The only caller of transformers' Auto classes. Weights come from safetensors alo
 with a checkpoint is never run.
 """
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from fedgraft.errors import ArtefactError, CheckpointError
 
@@ -76,12 +78,25 @@ def take_generation_config(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def save_model(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write weights in their dtype, configs, tokenizer, chat template; same model, same bytes."""
+    """Write weights in their dtype, configs, tokenizer, chat template; same model, same bytes.
+
+    Args:
+        tensors: Of one dtype, written instead of the model's own, which are left as they are.
+    """
     with saving(folder):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if tensors is None else dict(tensors))
     tokenizer.save_pretrained(folder)
+    if tensors is not None:
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        file = folder / CONFIG_NAME
+        config = json.loads(file.read_bytes()) | {"dtype": dtype, "use_cache": True}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -101,8 +116,10 @@ def saving(folder: Path) -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process (the first one where it is alone), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def training_precision() -> Precision:

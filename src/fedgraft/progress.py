@@ -1,5 +1,9 @@
-"""Progress with rate and time left: a bar on a terminal, a line now and then elsewhere."""
+"""Progress with rate and time left: a bar on a terminal, a line now and then elsewhere.
 
+Of several processes that work together (`torchrun`) the first one speaks.
+"""
+
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +22,15 @@ class Advance(Protocol):
 @contextmanager
 def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
     """Show how far `label` has come towards `total` units; goes to standard error."""
-    yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
+    if not is_first():
+        yield lambda *_, **__: None
+    else:
+        yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the one of several that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:

@@ -12,13 +12,8 @@ from fedgraft.models import open_model
 from fedgraft.testing import save_tiny
 from fedgraft.text.packing import Rows
 from fedgraft.training import trainer
-from fedgraft.training.adapter import (
-    AdapterSettings,
-    _add_factors,
-    merge_adapter,
-    open_adapted,
-    train_adapter,
-)
+from fedgraft.training.adapter import add_factors, merge_adapter, open_adapted, train_adapter
+from fedgraft.training.settings import AdapterSettings
 
 SETTINGS = AdapterSettings(num_tokens=4_000, learning_rate=1e-2, batch_tokens=512, rank=4)
 IDS = torch.arange(5, 25)[None]
@@ -39,7 +34,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_a_fresh_adapter_changes_no_logit(checkpoint: Path) -> None:
     plain = logits(open_model(checkpoint))
-    assert torch.equal(logits(_add_factors(open_model(checkpoint), SETTINGS).eval()), plain)
+    assert torch.equal(logits(add_factors(open_model(checkpoint), SETTINGS, 0).eval()), plain)
 
 
 def test_a_trained_adapter_changes_the_logits(checkpoint: Path, adapter: Path) -> None:

@@ -23,8 +23,10 @@ from fedgraft.provenance import Record
 from fedgraft.testing import save_tiny, tiny_model
 from fedgraft.text.packing import Rows
 from fedgraft.training import trainer
-from fedgraft.training.pretrain import continue_pretraining, work_directory
-from fedgraft.training.trainer import TrainingSettings, train
+from fedgraft.training.pretrain import continue_pretraining
+from fedgraft.training.settings import TrainingSettings
+from fedgraft.training.state import last_whole, work_directory
+from fedgraft.training.trainer import train
 from fedgraft.weights.checkpoint import Checkpoint
 
 SETTINGS = TrainingSettings(
@@ -138,7 +140,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
         "import sys, json, numpy, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from fedgraft.text.packing import Rows\n"
-        "from fedgraft.training.pretrain import TrainingSettings, continue_pretraining\n"
+        "from fedgraft.training.settings import TrainingSettings\n"
+        "from fedgraft.training.pretrain import continue_pretraining\n"
         "rows = Rows(**dict(numpy.load(sys.argv[2])))\n"
         "settings = TrainingSettings.model_validate_json(sys.argv[4])\n"
         "continue_pretraining(sys.argv[1], rows, Path(sys.argv[3]), settings)\n"
@@ -170,8 +173,8 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tmp_path: Path) -> None
         folder.mkdir()
         (folder / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
-    assert trainer._last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert trainer._last_whole_checkpoint(tmp_path / "none") is None
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_whole(tmp_path / "none") is None
 
 
 def test_other_settings_do_not_resume_an_old_run(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_a_disk_that_fills_up_is_one_message_and_the_next_run_goes_on(
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(trainer, "save_optimizer", full)
         with pytest.raises(ArtefactError, match=r"could not write .* then run the same command"):
             continue_pretraining(checkpoint, rows, tmp_path / "out", SETTINGS)
         assert not (tmp_path / "out").exists()

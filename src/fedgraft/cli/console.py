@@ -5,12 +5,15 @@ from pathlib import Path
 
 import typer
 
+from fedgraft.progress import is_first
+
 WIDTH = 12
 
 
 def say(label: str, text: str, *, bold: bool = False, fg: str | None = None) -> None:
     """One line: a label in its column, and text that is never wrapped, so that it can be copied."""
-    typer.echo(f"{label:<{WIDTH}}{typer.style(text, bold=bold, fg=fg)}")
+    if is_first():
+        typer.echo(f"{label:<{WIDTH}}{typer.style(text, bold=bold, fg=fg)}")
 
 
 def finish(

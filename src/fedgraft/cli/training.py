@@ -1,5 +1,6 @@
 """`pretrain`, `adapt`: verbs that train."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,11 +20,44 @@ RowLength = Annotated[int, typer.Option("--row-length", help="Tokens per packed 
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same weights.")]
 
 
+class Reporter(StrEnum):
+    """Where losses and learning rates go beside the terminal."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class Schedule(StrEnum):
+    """What the learning rate does after its warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class Precision(StrEnum):
+    """What forward and backward passes are computed in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 def pretrain(
     model: Model,
     data: Data,
     out: Out,
     tokens: Tokens,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--budget",
+            parser=count,
+            metavar="N",
+            help="Leave a checkpoint at so many tokens too, beside --out; repeatable.",
+        ),
+    ] = None,
     replay: Annotated[
         list[Path] | None,
         typer.Option("--replay", help="Old text to mix in, so that less is forgotten; repeatable."),
@@ -32,7 +66,38 @@ def pretrain(
         float, typer.Option("--replay-share", help="Share of the tokens that is old text.")
     ] = 0.1,
     learning_rate: LearningRate = 1e-5,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(help="After the warm-up: fall (cosine, linear), stay, or stay, then fall."),
+    ] = Schedule.cosine,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", help="Train low-rank factors and merge them.", min=1),
+    ] = None,
     row_length: RowLength = 1024,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", help="Row space of a step, in tokens.", min=1)
+    ] = 4096,
+    micro_batch_rows: Annotated[
+        int | None, typer.Option("--micro-batch-rows", help="Rows at a time: less memory.", min=1)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the passes; weights stay in float32.")
+    ] = Precision.auto,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", help="Steps that a kill can cost at most.", min=1)
+    ] = 200,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Share the model out among processes (FSDP).")
+    ] = False,
+    report_to: Annotated[
+        list[Reporter] | None,
+        typer.Option("--report-to", help="Losses and rates go there too; repeatable."),
+    ] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -41,20 +106,44 @@ def pretrain(
     All parameters are trained. Take the base, not the instruct model: the
     instructions come back with `fedgraft graft`. A run that was stopped goes on from
     its last checkpoint when the same command is run again.
-    """
-    from fedgraft.training.pretrain import continue_pretraining
-    from fedgraft.training.trainer import TrainingSettings
 
+    On several GPUs or machines the command is the same, started by a launcher:
+
+        torchrun --nproc-per-node 8 -m fedgraft pretrain ... --shard
+    """
+    from fedgraft.training.pretrain import budget_path, continue_pretraining
+    from fedgraft.training.settings import Lora, PretrainSettings
+
+    budgets = tuple(sorted(set(budget or ())))
+    settings = PretrainSettings(
+        num_tokens=tokens,
+        budgets=budgets,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        warmup=warmup,
+        lora=Lora(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
+        batch_tokens=batch_tokens,
+        micro_batch_rows=micro_batch_rows,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision.value,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
     continue_pretraining(
         model,
         _pack(model, data, row_length, seed),
         out,
-        TrainingSettings(num_tokens=tokens, learning_rate=learning_rate, seed=seed),
+        settings,
         replay=_pack(model, replay, row_length, seed) if replay else None,
         replay_share=replay_share if replay else 0.0,
         overwrite=overwrite,
+        sharded=shard,
+        watchers=tuple(reporter.value for reporter in report_to or ()),
     )
-    finish("checkpoint", out, steps=[f"fedgraft graft {out} RESIDUAL --out runs/grafted"])
+    facts = [f"{tokens:,} tokens: {budget_path(out, tokens)}" for tokens in budgets]
+    finish(
+        "checkpoint", out, facts=facts, steps=[f"fedgraft graft {out} RESIDUAL --out runs/grafted"]
+    )
 
 
 def adapt(
@@ -83,7 +172,8 @@ def adapt(
     The model itself stays as it is. A run that was stopped goes on when the same
     command is run again.
     """
-    from fedgraft.training.adapter import AdapterSettings, train_adapter
+    from fedgraft.training.adapter import train_adapter
+    from fedgraft.training.settings import AdapterSettings
 
     rows = _pack(model, data, row_length, seed)
     settings = AdapterSettings(

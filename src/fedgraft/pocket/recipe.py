@@ -39,7 +39,7 @@ from fedgraft.text.corpus import Document, read_json_lines
 from fedgraft.text.dialogues import Dialogue, Message, encode, pack_dialogues
 from fedgraft.text.packing import Rows, mix, pack
 from fedgraft.training.pretrain import continue_pretraining
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

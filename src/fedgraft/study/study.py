@@ -24,8 +24,7 @@ from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
 from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
 from fedgraft.study.cost import Tuning
 from fedgraft.study.result import ARMS
-from fedgraft.training.adapter import AdapterSettings
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
 from fedgraft.weights.merging import PLAIN, Factors, Method
 
 
@@ -119,7 +118,7 @@ class Study(_Part):
     dialogues: Scored | None = None
     questions: Scored | None = None
     row_length: int = Field(default=256, ge=16)
-    pretrain: TrainingSettings
+    pretrain: PretrainSettings
     scale: ScaleSearch = ScaleSearch()
     merging: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Merging] = {}
     """By name, other ways to add the residual; each gets its own scale and its own test scores."""

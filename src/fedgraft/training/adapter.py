@@ -10,27 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
+from peft.tuners.lora import LoraLayer
 
 from fedgraft.errors import ResidualError, TrainingError
 from fedgraft.models import open_model, saving
 from fedgraft.provenance import Record, new_artefact
 from fedgraft.text.packing import Rows
-from fedgraft.training.pretrain import remove_work, work_directory
-from fedgraft.training.trainer import TrainingSettings, train
+from fedgraft.training.settings import AdapterSettings, Lora
+from fedgraft.training.state import remove_work, work_directory
+from fedgraft.training.trainer import train
 from fedgraft.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class AdapterSettings(TrainingSettings):
-    """Training, and the size of the adapter."""
-
-    rank: int = Field(default=8, gt=0)
-    alpha: float = Field(default=16.0, gt=0)
-    """The change is `alpha / rank * B A`."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 def train_adapter(
@@ -54,7 +46,7 @@ def train_adapter(
     inputs = {"model": source.content_hash, "rows": rows.content_hash}
     with new_artefact(out, overwrite=overwrite) as partial:
         workdir = work_directory(out, inputs, settings)
-        adapted = _add_factors(open_model(source.path), settings)
+        adapted = add_factors(open_model(source.path), settings, settings.seed)
         outcome = train(adapted, rows, settings, workdir, label=label)
         with saving(partial):
             adapted.save_pretrained(partial)
@@ -96,7 +88,26 @@ def merge_adapter(adapted: "PreTrainedModel") -> "PreTrainedModel":
     return merged
 
 
-def _add_factors(model: "PreTrainedModel", settings: AdapterSettings) -> PeftModel:
+def merged_tensors(adapted: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """The plain model's tensors with the adapter's change added; the model is left as it is."""
+    assert isinstance(adapted, PeftModel)
+    tensors = {}
+    for name, tensor in adapted.get_base_model().state_dict().items():
+        if ".lora_" not in name:
+            tensors[name.replace(".base_layer.", ".")] = tensor
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            (active,) = module.active_adapters
+            change = module.get_delta_weight(active)
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + change
+    return tensors
+
+
+def add_factors(model: "PreTrainedModel", settings: Lora, seed: int) -> PeftModel:
+    """The model with fresh LoRA factors on every linear layer but the output, the rest frozen.
+
+    Raises TrainingError for a rank above the smallest layer.
+    """
     linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     smallest = min(min(layer.weight.shape) for layer in linear)
     if settings.rank > smallest:
@@ -112,7 +123,7 @@ def _add_factors(model: "PreTrainedModel", settings: AdapterSettings) -> PeftMod
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 

@@ -1,21 +1,35 @@
-"""Continued pre-training: a checkpoint reads on, all its parameters move.
+"""Continued pre-training: a checkpoint reads on, all its parameters move, or low-rank ones (LoRA).
 
+One run can leave checkpoints on the way, at smaller budgets: beside `out`, named by their tokens.
 Instruction tuning is the same call on the rows of dialogues, whose labels leave out the prompts.
 """
 
-import glob
-import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fedgraft.errors import TrainingError
+from fedgraft.errors import ArtefactError, TrainingError
 from fedgraft.models import open_model, open_tokenizer, save_model
-from fedgraft.provenance import Record, hash_json, new_artefact
+from fedgraft.progress import is_first
+from fedgraft.provenance import Record
 from fedgraft.text.packing import Rows, mix
-from fedgraft.training.trainer import TrainingSettings, train
+from fedgraft.training.processes import artefact_of_the_first
+from fedgraft.training.settings import PretrainSettings, TrainingSettings
+from fedgraft.training.state import Tensors, remove_work, whole_tensors, work_directory
+from fedgraft.training.trainer import TrainingOutcome, steps_of, train
+from fedgraft.training.watch import Watcher
 from fedgraft.weights.checkpoint import CONFIG_DTYPES, Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Change = Mapping[str, NDArray[Any]]
+"""What training moved, by name: the parameters, or the factors of LoRA, as they are afterwards."""
 
 
 def continue_pretraining(
@@ -28,20 +42,21 @@ def continue_pretraining(
     replay_share: float = 0.0,
     overwrite: bool = False,
     label: str = "pre-training",
+    sharded: bool = False,
+    watchers: tuple[Watcher, ...] = (),
 ) -> Path:
     """Train a checkpoint on packed rows and write the result to `out`, in the checkpoint's dtype.
 
-    `replay` are rows of old text; they take `replay_share` of the budget. A run that was killed
-    leaves its state beside `out`, and the same call goes on from there: on a CPU in float32 with
-    the same weights, bit for bit, as if it had never stopped.
+    `replay` are rows of old text; they take `replay_share` of the budget. For each of
+    `settings.budgets` there is a checkpoint beside `out`, see `budget_path`. A run that was killed
+    leaves its state beside `out`, and the same call goes on from there, with any number of
+    processes: on a CPU in float32 and with as many processes as before with the same weights, bit
+    for bit, as if it had never stopped.
 
     Raises ArtefactError where `out` exists, TrainingError and NonFiniteError as `train` does.
     """
-    if not 0 <= replay_share < 1 or bool(replay_share) != (replay is not None):
-        raise TrainingError(
-            "expected a share of replay from 0 to below 1, and old text where it is above 0; found "
-            f"{replay_share} and {'old text' if replay else 'none'}"
-        )
+    settings = PretrainSettings.model_validate(settings.model_dump())
+    _check_share(replay, replay_share)
     source = Checkpoint.open(model)
     if replay is not None:
         num_rows = max(2, round(settings.num_tokens * len(rows) / rows.num_tokens))
@@ -50,36 +65,166 @@ def continue_pretraining(
             num_rows=num_rows,
             seed=settings.seed,
         )
-    inputs = {"model": source.content_hash, "rows": rows.content_hash}
-    with new_artefact(out, overwrite=overwrite) as partial:
-        workdir = work_directory(out, inputs, settings)
-        trained = open_model(source.path)
-        outcome = train(trained, rows, settings, workdir, label=label)
-        tokenizer = open_tokenizer(source.path)
-        save_model(trained.to(_dtype(source)), tokenizer, partial)
-        record = source.record
-        Record.make(
-            "checkpoint",
-            inputs=inputs,
-            ancestors=(*(record.ancestors if record else ()), source.content_hash),
-            residuals=record.residuals if record else (),
-            settings={**settings.model_dump(), "replay_share": replay_share},
-            figures=asdict(outcome),
-        ).write(partial)
-    remove_work(out)
+    _check_budgets(rows, settings)
+    if settings.lora and sharded:
+        raise TrainingError(
+            "expected all parameters to be trained where they are shared out among processes, "
+            "found LoRA; leave out one of the two"
+        )
+    run = _Run(source, rows, out, settings, replay_share, overwrite)
+    with artefact_of_the_first(out, overwrite=overwrite) as partial:
+        workdir = work_directory(out, run.inputs, settings)
+        trained = run.opened()
+        outcome = train(
+            trained,
+            rows,
+            settings,
+            workdir,
+            label=label,
+            leave={budget: run.leave(budget) for budget in settings.budgets},
+            sharded=sharded,
+            watchers=watchers,
+        )
+        run.write(trained, partial, asdict(outcome))
+    if is_first():
+        remove_work(out)
     return out
 
 
-def work_directory(out: Path, inputs: dict[str, str], settings: TrainingSettings) -> Path:
-    """Where a run keeps what it needs to go on; other inputs or settings, another directory."""
-    key = hash_json([inputs, settings.model_dump()]).removeprefix("sha256:")[:12]
-    return out.absolute().with_name(f".{out.name}.training-{key}")
+def train_change(
+    model: "PreTrainedModel", rows: Rows, settings: TrainingSettings, workdir: Path, *, label: str
+) -> tuple[Change, TrainingOutcome]:
+    """Train in place and return what moved: what a client of a federation sends.
+
+    The values themselves, not differences, so that the mean over one client is that client's, bit
+    for bit. Raises as `train` does.
+    """
+    outcome = train(model, rows, settings, workdir, label=label)
+    moved = {
+        name: parameter.detach().cpu().numpy().copy()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return moved, outcome
 
 
-def remove_work(out: Path) -> None:
-    """Remove what runs kept beside `out` to go on from, those with other settings included."""
-    for left in out.absolute().parent.glob(f".{glob.escape(out.name)}.training-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def apply_change(model: "PreTrainedModel", change: Change) -> None:
+    """Put what `train_change` returned, or a mean of such, into a model that is made alike.
+
+    Raises TrainingError naming a tensor that is missing, too much, or of another shape.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name in sorted(own.keys() | change.keys()):
+        found = change[name].shape if name in change else None
+        expected = tuple(own[name].shape) if name in own else None
+        if found != expected:
+            raise TrainingError(
+                f"expected tensor {name!r} with shape {expected}, found {found} (None is missing); "
+                "the change is another model's"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(change[name])))
+
+
+def budget_path(out: Path, budget: int) -> Path:
+    """Where the checkpoint for a budget below the last stands: `out-100000` beside `out`."""
+    return out.with_name(f"{out.name}-{budget}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run: what its checkpoints have in common."""
+
+    source: Checkpoint
+    rows: Rows
+    out: Path
+    settings: PretrainSettings
+    replay_share: float
+    overwrite: bool
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"model": self.source.content_hash, "rows": self.rows.content_hash}
+
+    def opened(self) -> "PreTrainedModel":
+        model = open_model(self.source.path)
+        if self.settings.lora is None:
+            return model
+        from fedgraft.training.adapter import add_factors
+
+        return add_factors(model, self.settings.lora, self.settings.seed)
+
+    def leave(self, budget: int) -> "Any":
+        """What writes the checkpoint of a budget; one that is there already is of this run."""
+        place = budget_path(self.out, budget)
+        mine = self._record(budget, {})
+        found = Record.read(place)
+        if found and (found.inputs, found.settings) == (mine.inputs, mine.settings):
+            return lambda _model, _tokens: None
+        if place.exists() and not self.overwrite:
+            raise ArtefactError(f"{place} exists already; remove it or choose another --out")
+
+        def write(model: "PreTrainedModel", num_tokens: int) -> None:
+            with artefact_of_the_first(place, overwrite=self.overwrite) as partial:
+                self.write(model, partial, {"num_tokens": num_tokens}, budget)
+
+        return write
+
+    def write(
+        self,
+        model: "PreTrainedModel",
+        folder: Path | None,
+        figures: Mapping[str, Any],
+        budget: int | None = None,
+    ) -> None:
+        """Write the model as it stands; every process calls it, the first one has a folder."""
+        if self.settings.lora:
+            from fedgraft.training.adapter import merged_tensors
+
+            plain, tensors = model.get_base_model(), merged_tensors(model)
+        else:
+            plain, tensors = model, whole_tensors(model)
+        if folder is None:
+            return
+        dtype = _dtype(self.source)
+        narrowed: Tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_model(plain, open_tokenizer(self.source.path), folder, tensors=narrowed)
+        self._record(budget, dict(figures)).write(folder)
+
+    def _record(self, budget: int | None, figures: dict[str, Any]) -> Record:
+        record = self.source.record
+        settings = {**self.settings.model_dump(mode="json"), "replay_share": self.replay_share}
+        return Record.make(
+            "checkpoint",
+            inputs=self.inputs,
+            ancestors=(*(record.ancestors if record else ()), self.source.content_hash),
+            residuals=record.residuals if record else (),
+            settings={**settings, "budget": budget or self.settings.num_tokens},
+            figures=figures,
+        )
+
+
+def _check_share(replay: Rows | None, share: float) -> None:
+    if not 0 <= share < 1 or bool(share) != (replay is not None):
+        raise TrainingError(
+            "expected a share of replay from 0 to below 1, and old text where it is above 0; found "
+            f"{share} and {'old text' if replay else 'none'}"
+        )
+
+
+def _check_budgets(rows: Rows, settings: PretrainSettings) -> None:
+    """Refuse budgets that are no points on the way of this run."""
+    steps = [
+        steps_of(budget, rows, settings) for budget in (*settings.budgets, settings.num_tokens)
+    ]
+    if settings.budgets and (
+        settings.budgets[-1] >= settings.num_tokens or len(set(steps)) < len(steps)
+    ):
+        raise TrainingError(
+            f"expected budgets below {settings.num_tokens} tokens and at least a step of "
+            f"{settings.batch_tokens} apart, found {list(settings.budgets)}; leave out some"
+        )
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

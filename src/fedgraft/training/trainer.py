@@ -2,62 +2,50 @@
 
 The order of the rows is fixed before the first step (each pass over them in new order, by the
 seed), so a run that was killed goes on from its last checkpoint with the very rows that come next,
-and ends with the same weights as a run that was never killed.
+and ends with the same weights as a run that was never killed. Several processes (`torchrun`) share
+the rows of each step; where `sharded`, parameters, gradients and optimizer state too (FSDP2).
 """
 
 import ctypes
-import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import TensorBoardCallback
 
 from fedgraft.errors import NonFiniteError, TrainingError
 from fedgraft.models import device, saving, training_precision
-from fedgraft.progress import Advance, progress
+from fedgraft.progress import is_first, progress
 from fedgraft.provenance import derive_seed
 from fedgraft.text.packing import Rows
+from fedgraft.training.processes import num_processes, wait_for_all
+from fedgraft.training.settings import TrainingSettings
+from fedgraft.training.state import last_whole, load_optimizer, load_tensors, save_optimizer
+from fedgraft.training.watch import (
+    MEASURED_FROM,
+    Watch,
+    Watcher,
+    check_watchers,
+    flops_per_token,
+    matrix_rate,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUM_LOSSES = 100
 """Points of the loss curve that are kept."""
-
-
-class TrainingSettings(BaseModel):
-    """How long and how hard to train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_tokens: int = Field(gt=0)
-    """Budget in tokens that are not padding; the rows are repeated until it is used up."""
-    learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
-    """Where a cosine ends, as a share of the highest learning rate."""
-    batch_tokens: int = Field(default=4096, gt=0)
-    """Row space of one step."""
-    micro_batch_rows: int | None = Field(default=None, gt=0)
-    """Rows in one forward pass; all rows of a step where None."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
-    checkpoint_every: int = Field(default=200, gt=0)
-    """Steps between checkpoints that an interrupted run goes on from."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,53 +60,75 @@ class TrainingOutcome:
     tokens_per_second: float
     flops: float
     """6 x parameters x tokens (arXiv 2410.10739, appendix)."""
+    share_of_machine: float | None
+    """Of the rate of a large matrix product, measured; None for runs of seconds."""
     losses: tuple[tuple[int, float], ...]
     """Step and mean loss since the step before, nats per target."""
+    learning_rates: tuple[tuple[int, float], ...]
+
+
+Leave = Callable[["PreTrainedModel", int], None]
+"""Called with the model and the tokens seen, at a step on the way; by every process."""
 
 
 def train(
-    model: "PreTrainedModel", rows: Rows, settings: TrainingSettings, workdir: Path, *, label: str
+    model: "PreTrainedModel",
+    rows: Rows,
+    settings: TrainingSettings,
+    workdir: Path,
+    *,
+    label: str,
+    leave: Mapping[int, Leave] = MappingProxyType({}),
+    sharded: bool = False,
+    watchers: tuple[Watcher, ...] = (),
 ) -> TrainingOutcome:
     """Train the model's trainable parameters in place; resumes from `workdir` where it can.
 
     Documents in a row stay apart (see `text.packing`). The loss is the mean over the targets of a
-    step, however it is cut into forward passes.
+    step, however it is cut into forward passes and processes.
 
-    Raises NonFiniteError where the loss turns NaN or Inf (naming the step), TrainingError where
-    there is nothing to learn or a token or a position that the model does not have, ArtefactError
-    where `workdir` cannot be written.
+    Args:
+        leave: Tokens -> what to do when so many have been seen, rounded to a step.
+        sharded: Share out parameters, gradients and optimizer state (FSDP2) among the processes
+            that `torchrun` started.
+        watchers: Where else losses and learning rates are reported to.
+
+    Raises NonFiniteError where the loss turns NaN or Inf (naming the step), TrainingError where it
+    rises far above where it began, where there is nothing to learn, a budget is below one row, or a
+    token or a position is one that the model does not have, ArtefactError where `workdir` cannot be
+    written.
     """
     _check(model, rows)
+    check_watchers(watchers)
     keep_freed_memory()
-    rows_per_step = max(1, settings.batch_tokens // rows.row_length)
-    micro = min(settings.micro_batch_rows or rows_per_step, rows_per_step)
-    if rows_per_step % micro:
-        raise TrainingError(
-            f"expected micro_batch_rows to divide the {rows_per_step} rows of a step, found "
-            f"{micro}; choose a divisor"
-        )
-    num_steps = max(1, round(settings.num_tokens * len(rows) / rows.num_tokens / rows_per_step))
+    rows_per_step, micro = _batches(rows, settings)
+    num_steps = steps_of(settings.num_tokens, rows, settings)
     order = _order(len(rows), num_steps * rows_per_step, settings.seed)
+    precision = training_precision() if settings.precision == "auto" else settings.precision
     arguments = TrainingArguments(
         output_dir=str(workdir),
         max_steps=num_steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=rows_per_step // micro,
+        gradient_accumulation_steps=rows_per_step // micro // num_processes(),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=settings.max_gradient_norm,
         warmup_steps=math.ceil(settings.warmup * num_steps),
-        **_schedule(settings),
+        **_schedule(settings, num_steps),
         optim="adamw_torch_fused",
-        bf16=training_precision() == "bfloat16",
+        bf16=precision == "bfloat16",
         use_cpu=device().type == "cpu",
+        activation_checkpointing=settings.gradient_checkpointing and not sharded,
+        fsdp=sharded,
+        fsdp_config={"activation_checkpointing": settings.gradient_checkpointing},
+        ddp_find_unused_parameters=False,
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
         logging_steps=max(1, num_steps // NUM_LOSSES),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=[name for name in watchers if name != "tensorboard"] or "none",
         remove_unused_columns=False,
         use_cache=False,
         dataloader_pin_memory=device().type == "cuda",
@@ -128,8 +138,15 @@ def train(
     started = time.monotonic()
     use_cache = model.config.use_cache
     tokens_per_step = rows.num_tokens / len(rows) * rows_per_step
-    last = _last_whole_checkpoint(workdir)
-    done = int(last.rpartition("-")[2]) if last else 0
+    flops = flops_per_token(model, rows.row_length)
+    limit = 0.0
+    if flops * tokens_per_step * num_steps > MEASURED_FROM:
+        limit = matrix_rate(device().type, getattr(torch, precision)) * num_processes()
+    if is_first():
+        last_whole(workdir)
+    wait_for_all()
+    last = last_whole(workdir)
+    done = int(last.name.rpartition("-")[2]) if last else 0
     label = f"{label}, on from step {done}" if done else label
     with progress(label, (num_steps - done) * tokens_per_step, "tokens") as advance:
         trainer = _Trainer(
@@ -137,27 +154,61 @@ def train(
             args=arguments,
             train_dataset=_Ordered(rows, order),
             data_collator=_collate,
-            callbacks=[_Watch(advance, tokens_per_step)],
         )
         for unwanted in ("PrinterCallback", "ProgressCallback"):
             _remove_callback(trainer, unwanted)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.add_callback(Watch(advance, tokens_per_step, flops, limit))
+        seen = np.add.accumulate(rows.lengths[order].reshape(num_steps, -1).sum(1))
+        at = {steps_of(tokens, rows, settings): act for tokens, act in leave.items()}
+        trainer.add_callback(_Leave({step: (act, int(seen[step - 1])) for step, act in at.items()}))
+        if "tensorboard" in watchers and is_first():
+            trainer.add_callback(_board(workdir))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.config.use_cache = use_cache
     model.eval()
     seconds = time.monotonic() - started
-    num_tokens = int(rows.lengths[order].sum())
+    num_tokens = int(seen[-1])
+    new_tokens = num_tokens - (int(seen[done - 1]) if done else 0)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return TrainingOutcome(
         num_steps=num_steps,
         num_tokens=num_tokens,
         seconds=round(seconds, 3),
-        tokens_per_second=round(num_tokens / seconds, 1),
+        tokens_per_second=round(new_tokens / seconds, 1),
         flops=6.0 * model.num_parameters() * num_tokens,
-        losses=tuple(
-            (int(entry["step"]), round(float(entry["loss"]), 5))
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ),
+        share_of_machine=round(new_tokens / seconds * flops / limit, 4) if limit else None,
+        losses=tuple((int(e["step"]), round(float(e["loss"]), 5)) for e in history),
+        learning_rates=tuple((int(e["step"]), float(e["learning_rate"])) for e in history),
     )
+
+
+def steps_of(num_tokens: int, rows: Rows, settings: TrainingSettings) -> int:
+    """Return how many steps a budget is, at least one.
+
+    Raises TrainingError where the budget is below one row.
+    """
+    per_row = rows.num_tokens / len(rows)
+    if num_tokens < per_row:
+        raise TrainingError(
+            f"expected a budget of at least one row, {math.ceil(per_row)} tokens, found "
+            f"{num_tokens}; give more tokens or pack into shorter rows"
+        )
+    return max(1, round(num_tokens / per_row / _batches(rows, settings)[0]))
+
+
+def _batches(rows: Rows, settings: TrainingSettings) -> tuple[int, int]:
+    """Rows of a step, and rows of a forward pass in one process."""
+    rows_per_step = max(1, settings.batch_tokens // rows.row_length)
+    micro = min(settings.micro_batch_rows or rows_per_step, rows_per_step)
+    if settings.micro_batch_rows is None and not rows_per_step % num_processes():
+        micro = rows_per_step // num_processes()
+    if rows_per_step % (micro * num_processes()):
+        of_all = f" in each of {num_processes()} processes" if num_processes() > 1 else ""
+        raise TrainingError(
+            f"expected micro_batch_rows to divide the {rows_per_step} rows of a step, found "
+            f"{micro}{of_all}; choose a divisor"
+        )
+    return rows_per_step, micro
 
 
 def keep_freed_memory() -> None:
@@ -200,25 +251,45 @@ class _Trainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs too: accelerate does so on accelerators alone, torch with any of them."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            for state in (PartialState(), self.accelerator.state):
+                state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with saving(Path(self.args.output_dir)):
             super()._save_checkpoint(*args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(Path(output_dir), self.model, self.optimizer.optimizer, self.lr_scheduler)
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar."""
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            optimizer = self.optimizer.optimizer
+            load_optimizer(Path(checkpoint), self.model, optimizer, self.lr_scheduler)
 
-    def __init__(self, advance: Advance, tokens_per_step: float) -> None:
-        self._advance = advance
-        self._tokens_per_step = tokens_per_step
-        self._note = ""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_tensors(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        self._advance(self._tokens_per_step, self._note)
 
-    def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any, **_: Any) -> None:
-        if "loss" in logs:
-            self._note = f"loss {float(logs['loss']):.3f}"
+class _Leave(TrainerCallback):  # type: ignore[misc]
+    """Does something with the model at some steps on the way."""
+
+    def __init__(self, at: Mapping[int, tuple[Leave, int]]) -> None:
+        self._at = at
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, model: Any, **_: Any) -> None:
+        if state.global_step in self._at:
+            act, num_tokens = self._at[state.global_step]
+            act(model, num_tokens)
 
 
 class _Ordered(Dataset[Any]):
@@ -248,8 +319,16 @@ def _collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _schedule(settings: TrainingSettings) -> dict[str, Any]:
+def _schedule(settings: TrainingSettings, num_steps: int) -> dict[str, Any]:
     match settings.schedule:
+        case "wsd":
+            return {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {
+                    "num_decay_steps": max(1, round(settings.decay * num_steps)),
+                    "min_lr_ratio": settings.final_learning_rate,
+                },
+            }
         case "cosine":
             return {
                 "lr_scheduler_type": "cosine_with_min_lr",
@@ -278,16 +357,12 @@ def _check(model: "PreTrainedModel", rows: Rows) -> None:
         )
 
 
-def _last_whole_checkpoint(workdir: Path) -> str | None:
-    """The newest checkpoint that a kill did not cut short; Trainer writes its state file last."""
-    while workdir.is_dir() and (found := get_last_checkpoint(str(workdir))):
-        try:
-            json.loads((Path(found) / "trainer_state.json").read_bytes())
-        except (OSError, ValueError):
-            shutil.rmtree(found)
-        else:
-            return str(found)
-    return None
+def _board(workdir: Path) -> TrainerCallback:
+    """TensorBoard's files stand beside the output, and stay when the work directory goes."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    name = workdir.name.removeprefix(".").partition(".training-")[0]
+    return TensorBoardCallback(SummaryWriter(str(workdir.with_name(f"{name}-logs"))))
 
 
 def _remove_callback(trainer: Trainer, name: str) -> None:
