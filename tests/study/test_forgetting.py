@@ -22,6 +22,7 @@ CURVE: dict[str, Any] = {
     "tuning": None,
     "pretrain": {
         "num_tokens": 1024,
+        "budgets": list(BUDGETS[:-1]),
         "learning_rate": 1e-3,
         "batch_tokens": 128,
         "schedule": "constant",
@@ -29,7 +30,6 @@ CURVE: dict[str, Any] = {
     },
     "evaluation": {"window": 32, "max_new_tokens": 3, "max_dialogues": 8},
     "curve": {
-        "budgets": list(BUDGETS),
         "learning_rates": [5e-4, 1e-3],
         "domains": {"num_tokens": 512, "texts": {"far away": {"corpus": ["place:far.jsonl"]}}},
     },

@@ -33,12 +33,13 @@ from fedgraft.study.result import (
     Summary,
     Way,
 )
-from fedgraft.study.run import Run, at_budget, versions
+from fedgraft.study.run import Run, versions
 from fedgraft.study.stage import Say
 from fedgraft.study.study import Study
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.pretrain import budget_path
+from fedgraft.training.settings import PretrainSettings
 
 SCORES = (FOLLOWED, RIGHT_AND_FOLLOWED, OLD_FACTS, NEW_FACTS, TEXT)
 RECALL = ("knowledge/recall/old", "knowledge/recall/new")
@@ -84,7 +85,6 @@ class _Forgetting(Run):
     def everything(self) -> None:
         study, curve = self.study, self.study.curve
         assert curve
-        self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
         self.extract()
         self.dialogues = at_equal_distances(
             self.material.test_dialogues, study.evaluation.max_dialogues
@@ -139,8 +139,6 @@ class _Forgetting(Run):
 
     def _curve(self, seed: int, way: Way) -> Iterator[tuple[int, Scorecard]]:
         """The cards of one seed and way, budget by budget."""
-        curve = self.study.curve
-        assert curve
         settings = self.study.pretrain.model_copy(update={"learning_rate": way.learning_rate})
         name = f"rate-{way.learning_rate:g}-replay-{way.replay:g}"
         place = Path("curve", name, f"seed-{seed}")
@@ -150,11 +148,11 @@ class _Forgetting(Run):
             )
             for arm, model in (("s1", self.instruct), ("pretrained_base", self.base))
         }
-        for budget in curve.budgets:
-            last = budget == curve.budgets[-1]
+        for budget in (*settings.budgets, settings.num_tokens):
+            last = budget == settings.num_tokens
             for arm in CURVE_ARMS:
                 side = sides["s1" if arm == "s1" else "pretrained_base"]
-                model = side if last else at_budget(side, budget)
+                model = side if last else budget_path(side, budget)
                 where = place / "scores" / f"{arm}-{budget}"
                 yield budget, self._score(arm, seed, model, where, self.held_out)
 
@@ -172,6 +170,7 @@ class _Forgetting(Run):
         settings = study.pretrain.model_copy(
             update={
                 "num_tokens": domains.num_tokens,
+                "budgets": (),
                 # the same steps as in the run of the curve, which goes on
                 "warmup": study.pretrain.warmup * study.pretrain.num_tokens / domains.num_tokens,
             }
@@ -204,14 +203,12 @@ class _Forgetting(Run):
         seed: int,
         model: Path,
         documents: Sequence[Document],
-        settings: TrainingSettings,
+        settings: PretrainSettings,
         place: Path,
         words: str,
         replay: float,
     ) -> Path:
-        """Let one side read; a run as long as the curve leaves a checkpoint at every budget."""
-        curve = self.study.curve
-        assert curve
+        """Let one side read."""
         stage = f"{arm}, {words}, seed {seed}"
         return self.pretrain(
             model,
@@ -222,9 +219,6 @@ class _Forgetting(Run):
             replay_share=replay,
             stage=stage,
             title=f"seed {seed}, {words}: pre-train {arm}",
-            budgets=[budget for budget in curve.budgets if budget < settings.num_tokens]
-            if settings.num_tokens == curve.budgets[-1]
-            else (),
         )
 
     def _score(
@@ -296,7 +290,7 @@ def verdict(
     `pretrain`; what replay changes, what the other rates do, and what distance has to do with it.
     """
     assert study.curve
-    budget, rate = study.curve.budgets[-1], study.pretrain.learning_rate
+    budget, rate = study.pretrain.num_tokens, study.pretrain.learning_rate
     last = {(p.arm, p.way): p.scores for p in curves if p.num_tokens == budget}
     before = references["instruct"].get(FOLLOWED)
     if before is None:

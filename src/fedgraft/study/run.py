@@ -1,9 +1,11 @@
 """One run of a study: what its stages share, and the stages that every kind of study is made of.
 
-extract     instruct - base
-pretrain    a model reads on; with budgets, a checkpoint at each
-graft       a model + scale * residual
-score       a model on held-out documents, dialogues and questions
+    extract     instruct - base
+    pretrain    a model reads on
+    graft       a model + scale * residual
+    score       a model on held-out documents, dialogues and questions
+
+Each finished stage is kept, see `study.stage`.
 """
 
 import shutil
@@ -23,7 +25,7 @@ from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
 from fedgraft.text.packing import Rows, pack
 from fedgraft.training.pretrain import continue_pretraining
-from fedgraft.training.trainer import TrainingSettings
+from fedgraft.training.settings import PretrainSettings
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import Residual, extract
@@ -47,6 +49,7 @@ class Run:
         self.material = Material.load(study)
         self.costs: list[StageCost] = []
         self.losses: dict[str, tuple[tuple[int, float], ...]] = {}
+        self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
 
     def extract(self) -> None:
         def make(folder: Path) -> None:
@@ -67,14 +70,13 @@ class Run:
         self,
         model: Path,
         documents: Sequence[Document],
-        settings: TrainingSettings,
+        settings: PretrainSettings,
         place: Path,
         *,
         seed: int,
         replay_share: float,
         stage: str,
         title: str,
-        budgets: Sequence[int] = (),
     ) -> Path:
         """Let a model read documents; returns where it then stands.
 
@@ -83,7 +85,6 @@ class Run:
             place: Of the stage, below the output of the study.
             replay_share: Share of the study's old text.
             stage: Name of the stage among costs and losses.
-            budgets: Tokens at which a checkpoint is left on the way, see `at_budget`.
         """
         settings = settings.model_copy(update={"seed": derive_seed(seed, "pretrain")})
         replay = self.material.replay if replay_share else ()
@@ -91,18 +92,16 @@ class Run:
         def make(folder: Path) -> dict[str, Any]:
             rows = self._rows(documents, seed)
             old = self._rows(replay, seed) if replay else None
-            for budget in (*budgets, settings.num_tokens):  # stand-in until one run leaves them all
-                continue_pretraining(
-                    model,
-                    rows,
-                    folder / "model"
-                    if budget == settings.num_tokens
-                    else at_budget(folder / "model", budget),
-                    settings.model_copy(update={"num_tokens": budget}),
-                    replay=old,
-                    replay_share=replay_share if old else 0.0,
-                    label=stage,
-                )
+            continue_pretraining(
+                model,
+                rows,
+                folder / "model",
+                settings,
+                replay=old,
+                replay_share=replay_share if old else 0.0,
+                overwrite=True,
+                label=stage,
+            )
             record = Record.read(folder / "model")
             assert record
             return record.figures
@@ -112,13 +111,13 @@ class Run:
             title=title,
             inputs={"model": self.hash_of(model), "text": hash_documents(documents, replay)},
             settings={
-                **settings.model_dump(),
-                "budgets": list(budgets),
+                **settings.model_dump(mode="json"),
                 "replay": replay_share,
                 "row_length": self.study.row_length,
             },
             make=make,
             say=self.say,
+            keep="model-*",
         )
         self.cost(stage, record, trained=True)
         return self.out / place / "model"
@@ -226,6 +225,9 @@ class Run:
         )
         if trained:
             self.losses[stage] = tuple((int(s), float(loss)) for s, loss in figures["losses"])
+            self.learning_rates[stage] = tuple(
+                (int(s), float(rate)) for s, rate in figures.get("learning_rates", ())
+            )
 
     def residual_facts(self) -> dict[str, Any]:
         figures = self.residual.record.figures
@@ -251,8 +253,3 @@ def versions() -> dict[str, str]:
     """fedgraft and the libraries, for the result."""
     record = Record.make("stage")
     return {"fedgraft": record.fedgraft, **record.libraries}
-
-
-def at_budget(model: Path, num_tokens: int) -> Path:
-    """Where training to `model` leaves its checkpoint of a smaller budget."""
-    return model.with_name(f"{model.name}-{num_tokens}")

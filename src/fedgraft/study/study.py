@@ -86,10 +86,9 @@ class Domains(_Part):
 
 
 class Curve(_Part):
-    """A study of forgetting against tokens, in place of a study of arms."""
+    """A study of forgetting against tokens, in place of a study of arms; a point at each of the
+    budgets of `pretrain` and at its end."""
 
-    budgets: tuple[int, ...] = Field(min_length=2)
-    """Tokens at which every model is scored, ascending; the last is `pretrain.num_tokens`."""
     learning_rates: tuple[float, ...] = ()
     """That of `pretrain` and others; that one alone where empty."""
     domains: Domains | None = None
@@ -162,11 +161,9 @@ class Study(_Part):
             )
         if self.dialogues is None:
             raise ValueError("a curve of forgetting needs dialogues (validation and test)")
-        if list(curve.budgets) != sorted({*curve.budgets, pretrain.num_tokens}):
-            raise ValueError(
-                f"curve.budgets: expected them ascending, the last as pretrain.num_tokens, found "
-                f"{list(curve.budgets)} and {pretrain.num_tokens}"
-            )
+        budgets = [*pretrain.budgets, pretrain.num_tokens]
+        if not pretrain.budgets:
+            raise ValueError("pretrain.budgets: expected budgets to draw a curve through; add some")
         if pretrain.schedule != "constant":
             raise ValueError(
                 "pretrain.schedule: expected constant, so that no budget is read at rates that "
@@ -177,10 +174,11 @@ class Study(_Part):
                 f"curve.learning_rates: expected that of pretrain, {pretrain.learning_rate:g}, "
                 f"among them, found {list(curve.learning_rates)}"
             )
-        if domains and domains.num_tokens not in curve.budgets:
+        warming = pretrain.warmup * pretrain.num_tokens
+        if domains and not (domains.num_tokens in budgets and warming < domains.num_tokens):
             raise ValueError(
-                f"curve.domains.num_tokens: expected one of the budgets {list(curve.budgets)}, "
-                f"found {domains.num_tokens}"
+                f"curve.domains.num_tokens: expected one of the budgets {budgets}, beyond the "
+                f"warm-up of {warming:g} tokens, found {domains.num_tokens}"
             )
         if domains and domains.own in domains.texts:
             raise ValueError(
