@@ -92,7 +92,7 @@ class _Forgetting(Run):
         held_out = [d for part in self.material.splits.values() for d in part.test]
         self.held_out = first_by_hash(held_out, study.evaluation.max_documents)
         references = {
-            arm: self._score(arm, None, model, Path("scores", arm), self.held_out)
+            arm: self._score(arm, None, model, Path("scores", arm), self.held_out, f"score {arm}")
             for arm, model in (("base", self.base), ("instruct", self.instruct))
         }
         followed = references["instruct"].scores[FOLLOWED].value
@@ -154,7 +154,8 @@ class _Forgetting(Run):
                 side = sides["s1" if arm == "s1" else "pretrained_base"]
                 model = side if last else budget_path(side, budget)
                 where = place / "scores" / f"{arm}-{budget}"
-                yield budget, self._score(arm, seed, model, where, self.held_out)
+                title = f"seed {seed}, {way.words}: score {arm} after {budget:,} tokens"
+                yield budget, self._score(arm, seed, model, where, self.held_out, title)
 
     def _domains(
         self, base: Scorecard, followed: float, points: Sequence[tuple[Way, int, Scorecard]]
@@ -194,7 +195,9 @@ class _Forgetting(Run):
                 for arm, model in (("s1", self.instruct), ("graft", self.base)):
                     side = "s1" if arm == "s1" else "pretrained_base"
                     read = self._read(side, seed, model, split.train, settings, where, name, 0.0)
-                    cards.append(self._score(arm, seed, read, where / f"scores-{arm}", held_out))
+                    scored = where / f"scores-{arm}"
+                    title = f"seed {seed}, {name}: score {arm}"
+                    cards.append(self._score(arm, seed, read, scored, held_out, title))
             yield _domain(name, before.scores[TEXT].value, domains.num_tokens, followed, cards)
 
     def _read(
@@ -222,7 +225,13 @@ class _Forgetting(Run):
         )
 
     def _score(
-        self, arm: str, seed: int | None, model: Path, place: Path, documents: Sequence[Document]
+        self,
+        arm: str,
+        seed: int | None,
+        model: Path,
+        place: Path,
+        documents: Sequence[Document],
+        title: str,
     ) -> Scorecard:
         card = self.score(
             arm,
@@ -232,7 +241,7 @@ class _Forgetting(Run):
             documents={"new": documents},
             dialogues=self.dialogues,
             questions=self.material.test_questions,
-            title=f"score {place.as_posix()}",
+            title=title,
             scale=SCALE if arm == "graft" else None,
         )
         return card.model_copy(update={"scores": _kept(card)})
