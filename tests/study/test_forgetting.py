@@ -1,7 +1,6 @@
 """A curve of forgetting, tiny and real: its points are comparable, and nothing is done twice."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -369,7 +368,7 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
     for part in (
         "The instruct model follows 95% of the prompts. After 1,024 tokens at rate 0.001 without",
         "(S1) loses 50 points, the graft loses 10 points.",
-        "Replay of 25% saves 45 points of S1 and saves 5 points of the graft.",
+        "With 25% of replay S1 loses 5 points, the graft loses 5 points.",
         "S1 then knows 50% of the new facts, the graft 50%.",
         "Of 3 texts, near is nearest to what the base knows and far farthest: S1 loses 10 points "
         "on near and 20 points on far (rank correlation of distance and loss +0.50)",
@@ -378,6 +377,6 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
 
 
 def test_the_verdict_does_not_call_a_gain_a_loss(material: Path, tmp_path: Path) -> None:
-    words = told(material, tmp_path, 0.45, 0.98, replayed=0.4)
-    assert "the graft gains 3 points." in words
-    assert re.search(r"Replay of 25% costs 5 points of S1 and costs 58 points of the graft", words)
+    words = told(material, tmp_path, 0.45, 0.98, replayed=0.96)
+    assert "(S1) loses 50 points, the graft gains 3 points." in words
+    assert "With 25% of replay S1 gains 1 points, the graft gains 1 points." in words

@@ -316,9 +316,9 @@ def verdict(
     ]
     if study.replay:
         share = study.replay.share
-        saved = [lost(arm, rate, 0) - lost(arm, rate, share) for arm in ("s1", "graft")]
         sentences.append(
-            f"Replay of {share:.0%} {_saves(saved[0])} S1 and {_saves(saved[1])} the graft."
+            f"With {share:.0%} of replay S1 {_change(lost('s1', rate, share))}, the graft "
+            f"{_change(lost('graft', rate, share))}."
         )
     for other in study.curve.learning_rates:
         if other != rate:
@@ -360,10 +360,6 @@ def _of_distance(domains: Sequence[DomainResult]) -> str:
 
 def _change(lost: float) -> str:
     return f"loses {100 * lost:.0f} points" if lost >= 0 else f"gains {-100 * lost:.0f} points"
-
-
-def _saves(saved: float) -> str:
-    return f"saves {100 * saved:.0f} points of" if saved >= 0 else f"costs {-100 * saved:.0f} of"
 
 
 def _points(lost: Summary) -> str:
