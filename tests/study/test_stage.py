@@ -107,7 +107,7 @@ def test_the_record_goes_before_what_it_vouches_for(
     """Otherwise a kill in between leaves a record of things that are not there."""
     run(tmp_path / "s", Maker())
 
-    def killed(folder: Path, *, hidden: bool) -> None:  # noqa: ARG001
+    def killed(folder: Path, **_: object) -> None:
         assert not (folder / RECORD).exists()
         raise KeyboardInterrupt
 

@@ -184,8 +184,9 @@ def curves(
             x, y, low, high = ([dot[part] for dot in known] for part in range(4))
             axes.fill_between(x, low, high, color=row.colour, alpha=0.18, linewidth=0)
             mark = MARKS[number % len(MARKS)]
-            axes.plot(x, y, color=row.colour, linewidth=1.8, marker=mark, markersize=5)
-            axes.plot([], [], color=row.colour, marker=mark, markersize=5, label=row.name)
+            style = {"color": row.colour, "linewidth": 1.8, "marker": mark, "markersize": 5}
+            axes.plot(x, y, clip_on=False, zorder=3, **style)
+            axes.plot([], [], label=row.name, **style)
         if gaps:
             axes.annotate(
                 f"{', '.join(gaps)} missing",

@@ -62,6 +62,10 @@ BEFORE = {"s1": "instruct", "pretrained_base": "base", "graft": "instruct"}
 """What an arm is before it has read anything."""
 
 
+Row = tuple[str, tuple[Summary | float | None, ...]]
+"""Tokens, and the score of each arm; a plain number where nothing was read."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
     """One score: its panels, and its figures."""
@@ -70,8 +74,8 @@ class Section:
     title: str
     caption: str
     panels: tuple[Plot, ...]
-    rows: tuple[tuple[str, str, tuple[Summary | float | None, ...]], ...]
-    """Way, tokens, and the score of each arm; a plain number where nothing was read."""
+    groups: tuple[tuple[str, tuple[Row, ...]], ...]
+    """The rows of each way, those where nothing was read first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,19 +134,22 @@ def _points(result: Forgetting, way: Way, arm: str) -> dict[int, CurvePoint]:
 
 
 def _tiles(result: Forgetting) -> Iterator[Tile]:
-    """Following before, and after the most tokens, at the first way."""
+    """Following before, and after the most tokens, as the verdict tells it."""
     before = result.references.get("instruct", {}).get(FOLLOWED)
     if before is not None:
         words = "of the prompts are followed in full by the instruct model as it came"
         yield Tile(value=f"{before:.0%}", words=words, colour=COLOURS["instruct"])
     way, most = _main_way(result), max(_budgets(result), default=0)
-    for arm in ("s1", "graft"):
+    told = f"after {count(most)} tokens"
+    for arm, name, words in (
+        ("s1", FOLLOWED, f"still followed by S1, the same model, {told}"),
+        ("graft", FOLLOWED, f"followed by the graft {told}"),
+        ("graft", NEW_FACTS, f"of the new facts known to the graft {told}"),
+    ):
         point = _points(result, way, arm).get(most)
-        for name, words in ((FOLLOWED, "still followed"), (NEW_FACTS, "of the new facts known")):
-            if point and name in point.scores:
-                told = f"{words} by {LABELS[arm]} after {count(most)} tokens"
-                value = f"{point.scores[name].mean:.0%}"
-                yield Tile(value=value, words=told, colour=COLOURS[arm])
+        if point and name in point.scores:
+            value = f"{point.scores[name].mean:.0%}"
+            yield Tile(value=value, words=words, colour=COLOURS[arm])
 
 
 def _main_way(result: Forgetting) -> Way:
@@ -162,7 +169,7 @@ def _sections(result: Forgetting) -> Iterator[Section]:
                 title=title,
                 caption=caption,
                 panels=tuple(_panel(result, name, way) for way in _ways(result)),
-                rows=tuple(_rows(result, name)),
+                groups=tuple(_groups(result, name)),
             )
 
 
@@ -210,18 +217,17 @@ def _text_range(result: Forgetting) -> tuple[float, float]:
     return max(0.0, low - 0.08 * (high - low)), high + 0.08 * (high - low)
 
 
-def _rows(
-    result: Forgetting, name: str
-) -> Iterator[tuple[str, str, tuple[Summary | float | None, ...]]]:
+def _groups(result: Forgetting, name: str) -> Iterator[tuple[str, tuple[Row, ...]]]:
     before = tuple(result.references.get(BEFORE[arm], {}).get(name) for arm in CURVE_ARMS)
-    yield "as they came", "0", before
+    yield "as they came", (("0", before),)
     for way in _ways(result):
         found = [_points(result, way, arm) for arm in CURVE_ARMS]
+        rows = []
         for budget in _budgets(result):
-            cells = tuple(
-                points[budget].scores.get(name) if budget in points else None for points in found
-            )
-            yield way_words(way), count(budget), cells
+            points = [one.get(budget) for one in found]
+            cells = tuple(point.scores.get(name) if point else None for point in points)
+            rows.append((count(budget), cells))
+        yield way_words(way), tuple(rows)
 
 
 def _shift_plot(result: Forgetting) -> Plot:
