@@ -87,10 +87,15 @@ def save_model(
     """Write weights in their dtype, configs, tokenizer, chat template; same model, same bytes.
 
     Args:
-        tensors: Of one dtype, written instead of the model's own, which are left as they are.
+        tensors: Of one dtype, written instead of the model's own, which are left as they are; tied
+            ones once.
     """
+    chosen = None
+    if tensors is not None:
+        tied = model.all_tied_weights_keys
+        chosen = {name: tensor for name, tensor in tensors.items() if name not in tied}
     with saving(folder):
-        model.save_pretrained(folder, state_dict=None if tensors is None else dict(tensors))
+        model.save_pretrained(folder, state_dict=chosen)
     tokenizer.save_pretrained(folder)
     if tensors is not None:
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -27,6 +27,7 @@ VERBS = (
     ["pretrain"],
     ["adapt"],
     ["evaluate"],
+    ["study", "plan"],
     ["study", "run"],
     ["report"],
     ["chat"],

@@ -69,7 +69,7 @@ def test_every_mean_and_spread_of_the_curves_is_in_the_table(page: str) -> None:
 def test_a_point_that_is_missing_is_said_in_the_table_and_in_the_plot() -> None:
     text = text_of(render(without(example_forgetting(), "s1", NEW_FACTS, 100_000)))
     new = part(text, "New facts", "Held-out new text")
-    assert new.count("S1 missing") == 4  # one a panel
+    assert new.count("S1, in part missing") == 4  # one a panel
     assert "100k missing " in new
     assert "missing" not in part(text, "Instructions followed", "New facts")
 

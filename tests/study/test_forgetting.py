@@ -18,7 +18,7 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms
-from fedgraft.study.forgetting import at_equal_distances, run, verdict, ways
+from fedgraft.study.forgetting import at_equal_distances, run, verdict
 from fedgraft.study.result import (
     CURVE_ARMS,
     FORGOTTEN,
@@ -33,7 +33,7 @@ from fedgraft.study.result import (
     load_result,
 )
 from fedgraft.study.study import Study
-from fedgraft.text.dialogues import Dialogue
+from fedgraft.text.dialogues import Dialogue, Message
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.residual import Residual
 
@@ -316,20 +316,20 @@ def test_there_is_a_way_for_each_rate_without_replay_and_with(
     material: Path, tmp_path: Path
 ) -> None:
     curve = {"learning_rates": [5e-4, 1e-3]}
-    found = ways(load(material, tmp_path / "study.yaml", curve=curve))
+    found = load(material, tmp_path / "study.yaml", curve=curve).ways
     assert [way.words for way in found] == [
         "rate 0.0005, no replay",
         "rate 0.0005, replay 25%",
         "rate 0.001, no replay",
         "rate 0.001, replay 25%",
     ]
-    assert len(ways(load(material, tmp_path / "study.yaml", curve={}, replay=None))) == 1
+    assert len(load(material, tmp_path / "study.yaml", curve={}, replay=None).ways) == 1
 
 
 @given(count=st.integers(1, 60), limit=st.none() | st.integers(1, 80))
 def test_fewer_dialogues_are_taken_at_equal_distances(count: int, limit: int | None) -> None:
     asked = [
-        Dialogue(id=str(n), messages=({"role": "user", "content": "?"},)) for n in range(count)
+        Dialogue(id=str(n), messages=(Message(role="user", content="?"),)) for n in range(count)
     ]
     taken = [int(one.id) for one in at_equal_distances(asked, limit)]
     assert len(taken) == min(count, limit or count)

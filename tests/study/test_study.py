@@ -12,6 +12,8 @@ from fedgraft.errors import ResidualError, StudyError
 from fedgraft.study.study import Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+REAL_SIZED = ("llama3_8b", "qwen2_0.5b")
+ON_A_LAPTOP = [file for file in STUDIES if file.stem not in REAL_SIZED]
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def load(tmp_path: Path, places: dict[str, Path], **changes: Any) -> Study:
     return Study.load(write_study(tmp_path / "study.yaml", **changes), places)
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: str(file.stem))
+@pytest.mark.parametrize("file", ON_A_LAPTOP, ids=lambda file: str(file.stem))
 def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
     text = file.read_text(encoding="utf-8")
     places = {
@@ -43,8 +45,28 @@ def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
     assert set(study.departments) == {"finance", "hr", "engineering", "it_support"}
 
 
+@pytest.mark.parametrize("name", REAL_SIZED)
+def test_a_real_sized_study_loads_before_its_text_is_there_but_does_not_run(name: str) -> None:
+    file = ON_A_LAPTOP[0].with_name(f"{name}.yaml")
+    places = {"data": Path("nowhere")}
+    study = Study.load(file, places, dry=True)
+    assert study.name == file.stem
+    texts = [path for part in study.departments.values() for path in part.corpus]
+    assert len(study.not_there) == len(texts)
+    with pytest.raises(StudyError, match=f"found {len(texts)} paths amiss"):
+        Study.load(file, places)
+
+
+def test_a_dry_run_still_refuses_a_model_or_a_place_that_is_not_there(tmp_path: Path) -> None:
+    file = write_study(tmp_path / "study.yaml", family={"base": "place:b", "instruct": "x:i"})
+    with pytest.raises(StudyError) as error:
+        Study.load(file, {"place": tmp_path}, dry=True)
+    assert "found 2 paths amiss" in str(error.value)
+    assert f"place:b: there is nothing at {tmp_path / 'b'}" in str(error.value)
+
+
 def test_quickstart_has_one_seed_and_the_others_three() -> None:
-    seeds = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8"))["seeds"] for f in STUDIES}
+    seeds = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8"))["seeds"] for f in ON_A_LAPTOP}
     assert {name: len(given) for name, given in seeds.items()} == {
         "forgetting_curve": 3,
         "merging": 3,
@@ -65,7 +87,7 @@ def test_a_path_names_a_place_or_is_relative_to_the_file(
 
 def test_a_model_may_be_a_name_on_the_hub(tmp_path: Path, places: dict[str, Path]) -> None:
     names = {"base": "org/model", "instruct": "org/model-chat@main"}
-    assert load(tmp_path, places, family=names).family.model_dump() == names
+    assert load(tmp_path, places, family=names).family.model_dump(exclude_none=True) == names
 
 
 def test_all_wrong_settings_are_told_at_once(tmp_path: Path, places: dict[str, Path]) -> None:

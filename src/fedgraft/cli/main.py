@@ -58,7 +58,7 @@ residual = typer.Typer(
     no_args_is_help=True, help="extract, verify, compress, inspect: what instruct - base is."
 )
 study = typer.Typer(
-    no_args_is_help=True, help="run: answer a question with arms, seeds and a report."
+    no_args_is_help=True, help="plan, run: answer a question with arms, seeds and a report."
 )
 
 
@@ -138,6 +138,9 @@ residual.command(
 residual.command(
     epilog=example("fedgraft residual compress runs/residual --form packed --out runs/small")
 )(compression.compress)
+study.command(
+    epilog=example("fedgraft study plan studies/llama3_8b.yaml --hardware h100 --processes 8")
+)(studies.plan)
 study.command(epilog=example("fedgraft study run studies/pocket.yaml --out runs/pocket"))(
     studies.run
 )

@@ -20,13 +20,18 @@ def resolve(model: str) -> str:
     return str(_pocket() / rest) if colon and name == "pocket" else model
 
 
-def places_of(study: Path, out: Path) -> dict[str, Path]:
+def places_of(study: Path, out: Path, *, dry: bool = False) -> dict[str, Path]:
     """The places that a study file names; the company is written where it is needed.
 
-    Raises StudyError where the file reads `data:` and there is no such folder.
+    Raises StudyError where the file reads `data:` and there is no such folder, but not in a dry
+    run.
     """
     text = study.read_text(encoding="utf-8") if study.is_file() else ""
-    makers = {"pocket": _pocket, "company": lambda: _company(out), "data": _data}
+    makers = {
+        "pocket": _pocket,
+        "company": lambda: _company(out),
+        "data": _data_place if dry else _data,
+    }
     return {name: make() for name, make in makers.items() if re.search(rf"\b{name}:[\w.]", text)}
 
 
@@ -42,8 +47,12 @@ def _company(out: Path) -> Path:
     return write_company(out / "company", overwrite=True)
 
 
+def _data_place() -> Path:
+    return Path(os.environ.get("FEDGRAFT_DATA", DATA)).absolute()
+
+
 def _data() -> Path:
-    place = Path(os.environ.get("FEDGRAFT_DATA", DATA)).absolute()
+    place = _data_place()
     if not place.is_dir():
         raise StudyError(
             f"expected the folder of the data that the study reads (`data:`) at {place}, found "

@@ -1,13 +1,17 @@
-"""`quickstart`, `study run`, `report`: a question, answered by arms and shown on a page."""
+"""`quickstart`, `study plan`, `study run`, `report`: a question, its arms, and their page."""
 
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedgraft.cli.arguments import Out
-from fedgraft.cli.console import finish
+from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import places_of
+
+if TYPE_CHECKING:
+    from fedgraft.study.plan import Plan, Training
 
 
 def quickstart(out: Out = Path("runs/quickstart")) -> None:
@@ -36,6 +40,35 @@ def run(
     _run(file, out)
 
 
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study file (YAML).")],
+    hardware: Annotated[
+        Literal["a100", "h100", "h200", "this"],
+        typer.Option("--hardware", help="What trains; this: the machine at hand, measured."),
+    ] = "a100",
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Devices that train together (FSDP).")
+    ] = 1,
+    share: Annotated[
+        float, typer.Option("--share", help="Of the device's matrix rate that is reached.")
+    ] = 0.45,
+) -> None:
+    """Say what a study would take; nothing is trained or written.
+
+    Parameters, steps, memory, FLOPs, hours and disk, from the file, config.json and
+    the headers of the weights. Where a model is not fetched yet, its sizes come from
+    `family.shape` in the file; text may be missing.
+    """
+    from fedgraft.study.machine import machine
+    from fedgraft.study.plan import plan as plan_study
+    from fedgraft.study.study import Study
+
+    with TemporaryDirectory() as scratch:
+        study = Study.load(file, places_of(file, Path(scratch), dry=True), dry=True)
+        planned = plan_study(study, machine(hardware), num_processes=processes, share=share)
+    _show(planned)
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a study.")],
 ) -> None:
@@ -61,3 +94,111 @@ def _run(file: Path, out: Path) -> None:
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"
     chat = [] if study.curve else [f"fedgraft chat {model}"]
     finish("report", page, steps=["open it in a browser", *chat])
+
+
+def _show(plan: "Plan") -> None:
+    """Print a plan: the model, what is trained, what it holds, what is left, what to know."""
+    from fedgraft.study.memory import GRAFT_BYTES
+    from fedgraft.study.plan import in_words, memory_choices
+
+    shape, machine = plan.shape, plan.machine
+    source = "its config and headers" if plan.at_hand else "family.shape in the file, not fetched"
+    rate = machine.flops(plan.trainings[0].precision) / 1e12
+    say("study", plan.study, bold=True)
+    say(
+        "model", f"{plan.base}: {shape.num_parameters:,} parameters in {len(shape.tensors)} tensors"
+    )
+    say("", f"(from {source})")
+    say(
+        "machine",
+        f"{plan.num_processes} x {machine.name}, {plan.share:.0%} of {rate:.3g} TFLOP/s each",
+    )
+    columns = [_facts(training) for training in plan.trainings]
+    show_table(
+        ("a run", *(training.stage for training in plan.trainings)),
+        [(label, *(facts[label] for facts in columns)) for label in columns[0]],
+    )
+    for training in plan.trainings:
+        choices = memory_choices(plan, training)
+        asked = in_words(training.rank, training.gradient_checkpointing)
+        unit, size = ("GB", 1e9) if training.memory.total >= 1e9 else ("MB", 1e6)
+        say("memory", f"of {training.stage}, {unit} a process; recompute is with gradient")
+        say("", "checkpointing, * is what the file asks for")
+        show_table(
+            ("", *(f"{name} *" if name == asked else name for name in choices)),
+            [
+                (words, *(f"{getattr(one, part) / size:,.2f}" for one in choices.values()))
+                for part, words in MEMORY.items()
+            ],
+        )
+    for number, (what, num_bytes) in enumerate(plan.disk.items()):
+        say("" if number else "disk", f"{_in_bytes(num_bytes)}  {what}")
+    say("grafting", f"{plan.num_grafts} grafts, {plan.graft_flops:.3g} FLOPs in all, each holds")
+    say("", f"about {GRAFT_BYTES / 1e6:.0f} MB whatever the size of the model")
+    if plan.tuning_ratio:
+        say("tuning", f"repeated without a residual: {plan.tuning_ratio:,.0f} times a run's cost")
+    for number, note in enumerate(plan.notes):
+        say("" if number else "note", note, fg="yellow")
+    for number, name in enumerate(plan.not_there):
+        say("" if number else "not there", f"{name} yet", fg="yellow")
+    if plan.not_there:
+        say("", "make text with `fedgraft corpus`; models are fetched when the study runs")
+    say(
+        "in all", f"{plan.flops:.3g} FLOPs, {_time(plan.seconds)} of training; scoring comes on top"
+    )
+
+
+MEMORY = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "AdamW",
+    "copies": "bfloat16 copies",
+    "gathered": "gathered (FSDP)",
+    "activations": "activations",
+    "logits": "logits",
+    "total": "total",
+}
+"""The parts of `study.memory.Memory`, in words."""
+
+
+def _facts(training: "Training") -> dict[str, str]:
+    from fedgraft.study.plan import in_words
+
+    work = training.operations
+    return {
+        "runs": f"{training.num_runs}",
+        "trained": in_words(training.rank, training.gradient_checkpointing),
+        "parameters trained": f"{training.num_trained:,}",
+        "precision": training.precision,
+        "tokens": f"{training.num_tokens:,}",
+        "rows x tokens a row": f"{training.num_rows:,} x {training.row_length:,}",
+        "steps": f"{training.num_steps:,}",
+        "rows a forward pass": f"{training.micro_batch_rows}",
+        "checkpoints left at": ", ".join(_short(tokens) for tokens in training.checkpoints),
+        "FLOPs, 6 N T (the paper)": f"{training.paper_flops:.3g}",
+        "FLOPs, counted": f"{work.total:.3g}",
+        "    layers' matrices": f"{work.matrices:.3g}",
+        "    attention": f"{work.attention:.3g}",
+        "    logits": f"{work.output:.3g}",
+        "    computed again": f"{work.recomputed:.3g}",
+        "time": _time(training.seconds),
+        "time, all runs": _time(training.num_runs * training.seconds),
+    }
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def _short(tokens: int) -> str:
+    for letter, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return str(tokens)
+
+
+def _in_bytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:,.1f} MB"

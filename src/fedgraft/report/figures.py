@@ -6,9 +6,10 @@ drawn is labelled, or has its own mark. A missing number is written as `missing`
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -176,25 +177,20 @@ def curves(
                     level.y[0], color=level.colour, linestyle=(0, (4, 3)), label=level.name
                 )
         ticks = sorted({x for row in series for x in row.x if x is not None})
-        gaps = []
         for number, row in enumerate(series):
             known = _known(row)
-            if len(known) < len(row.x):
-                gaps.append(row.name)
             x, y, low, high = ([dot[part] for dot in known] for part in range(4))
             axes.fill_between(x, low, high, color=row.colour, alpha=0.18, linewidth=0)
             mark = MARKS[number % len(MARKS)]
-            style = {"color": row.colour, "linewidth": 1.8, "marker": mark, "markersize": 5}
+            style: dict[str, Any] = {
+                "color": row.colour,
+                "linewidth": 1.8,
+                "marker": mark,
+                "markersize": 5,
+            }
             axes.plot(x, y, clip_on=False, zorder=3, **style)
-            axes.plot([], [], label=row.name, **style)
-        if gaps:
-            axes.annotate(
-                f"{', '.join(gaps)} missing",
-                (0.02, 0.04),
-                xycoords="axes fraction",
-                color=SOFT,
-                style="italic",
-            )
+            gap = "" if len(known) == len(row.x) else ", in part missing" if known else " missing"
+            axes.plot([], [], label=row.name + gap, **style)
         if ticks:
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -213,33 +209,53 @@ def scatter(series: Sequence[Series], names: Sequence[str], *, x_label: str, y_l
     with mpl.rc_context(STYLE):
         figure, axes = _plot(3.6)
         axes.axhline(0, color=SOFT, linewidth=1.2)
-        tops: dict[float, float] = {}
+        known = [x for row in series for x in row.x if x is not None]
+        first, last = min(known, default=0), max(known, default=1)
+        margin = 0.15 * (last - first or 1)
+        axes.set_xlim(first - margin, last + margin)
+        drawn = set()
         for number, row in enumerate(series):
             for x, y, low, high in _known(row):
                 axes.plot([x, x], [low, high], color=row.colour, linewidth=1.3, alpha=0.7)
                 mark = MARKS[number % len(MARKS)]
                 axes.plot([x], [y], mark, color=row.colour, markersize=7, label=row.name)
-                tops[x] = max(high, tops.get(x, high))
+                drawn.add(x)
+        places = {}
         for number, name in enumerate(names):
             place = next((row.x[number] for row in series if row.x[number] is not None), None)
             if place is not None:
-                axes.annotate(
-                    name if place in tops else f"{name} missing",
-                    (place, tops.get(place, 0)),
-                    xytext=(0, 6),
-                    textcoords="offset points",
-                    rotation=35,
-                    ha="left",
-                    va="bottom",
-                    fontsize=8.5,
-                    color=SOFT,
-                )
-        axes.margins(x=0.16, y=0.3)
+                places[name if place in drawn else f"{name} missing"] = place
+        _names_above(axes, places)
+        axes.margins(y=0.1)
+        axes.grid(visible=False, axis="x")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.tick_params(axis="y", labelcolor=SOFT)
         _legend(figure, axes)
         return _svg(figure)
+
+
+def _names_above(axes: Axes, places: Mapping[str, float]) -> None:
+    """Name places on the x axis above a plot, each as low as it stands clear of the others."""
+    left, right = axes.get_xlim()
+    a_character = (right - left) * 5.2 / (0.85 * 72 * WIDTH)
+    ends: list[float] = []
+    for name, place in sorted(places.items(), key=lambda named: named[1]):
+        half = a_character * (len(name) + 2) / 2
+        middle = min(max(place, left + half), right - half)
+        level = next((n for n, end in enumerate(ends) if end < middle - half), len(ends))
+        ends[level : level + 1] = [middle + half]
+        axes.axvline(place, color=GRID, linewidth=1.0, zorder=0)
+        axes.annotate(
+            name,
+            (middle, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 4 + 12 * level),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=SOFT,
+        )
 
 
 def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:

@@ -62,16 +62,6 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
     return Forgetting.load(out)
 
 
-def ways(study: Study) -> list[Way]:
-    """Each learning rate, without replay and with the study's."""
-    assert study.curve
-    return [
-        Way(learning_rate=rate, replay=replay)
-        for rate in study.curve.learning_rates or (study.pretrain.learning_rate,)
-        for replay in (0.0, *([study.replay.share] if study.replay else []))
-    ]
-
-
 def at_equal_distances(dialogues: Sequence[Dialogue], limit: int | None) -> list[Dialogue]:
     """At most so many, spread over the whole, so that no group is left out for its place."""
     if limit is None or limit >= len(dialogues):
@@ -99,7 +89,7 @@ class _Forgetting(Run):
         points = [
             (way, num_tokens, card)
             for seed in study.seeds
-            for way in ways(study)
+            for way in study.ways
             for num_tokens, card in self._curve(seed, way)
         ]
         curves = tuple(_over_seeds(points))
@@ -168,14 +158,7 @@ class _Forgetting(Run):
         plain = Way(learning_rate=study.pretrain.learning_rate, replay=0.0)
         own = [card for way, n, card in points if (way, n) == (plain, domains.num_tokens)]
         yield _domain(domains.own, base.scores[TEXT].value, domains.num_tokens, followed, own)
-        settings = study.pretrain.model_copy(
-            update={
-                "num_tokens": domains.num_tokens,
-                "budgets": (),
-                # the same steps as in the run of the curve, which goes on
-                "warmup": study.pretrain.warmup * study.pretrain.num_tokens / domains.num_tokens,
-            }
-        )
+        settings = study.domain_settings
         for name, split in self.material.domains.items():
             place = Path("domains", name)
             held_out = first_by_hash(split.test, study.evaluation.max_documents)

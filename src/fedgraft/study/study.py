@@ -23,7 +23,8 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
 from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
 from fedgraft.study.cost import Tuning
-from fedgraft.study.result import ARMS
+from fedgraft.study.result import ARMS, Way
+from fedgraft.study.shape import Shape
 from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
 from fedgraft.weights.merging import PLAIN, Factors, Method
 
@@ -35,6 +36,8 @@ class _Part(BaseModel):
 class FamilyPart(_Part):
     base: str
     instruct: str
+    shape: Shape | None = None
+    """Sizes from the models' config.json, for planning before they are fetched."""
 
 
 class Texts(_Part):
@@ -131,6 +134,7 @@ class Study(_Part):
     """The instruction tuning that the family's makers did, for comparing costs."""
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _not_there: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("pretrain", "adapters")
     @classmethod
@@ -152,6 +156,28 @@ class Study(_Part):
         if self.curve:
             self._check_curve(self.curve)
         return self
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """How the sides of a curve are trained: at each rate, without replay and with."""
+        rates = self.curve.learning_rates if self.curve else ()
+        shares = (0.0, self.replay.share) if self.replay else (0.0,)
+        return tuple(
+            Way(learning_rate=rate, replay=share)
+            for rate in rates or (self.pretrain.learning_rate,)
+            for share in shares
+        )
+
+    @property
+    def domain_settings(self) -> PretrainSettings:
+        """How the domains of a curve are read: each step at the rate that it has in the curve,
+        whose runs go on."""
+        assert self.curve
+        assert self.curve.domains
+        num_tokens = self.curve.domains.num_tokens
+        warmup = self.pretrain.warmup * self.pretrain.num_tokens / num_tokens
+        changed = {"num_tokens": num_tokens, "budgets": (), "warmup": warmup}
+        return self.pretrain.model_copy(update=changed)
 
     def _check_curve(self, curve: Curve) -> None:
         pretrain, domains = self.pretrain, curve.domains
@@ -187,8 +213,10 @@ class Study(_Part):
             )
 
     @classmethod
-    def load(cls, file: str | Path, places: Mapping[str, Path]) -> "Study":
+    def load(cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> "Study":
         """Read a study file and find every path that it names.
+
+        A dry run reads no text, so there text may be missing (`not_there`).
 
         Raises StudyError with *all* faults at once: unknown and missing keys, values out of their
         bounds, unknown places, paths that lead nowhere.
@@ -208,7 +236,7 @@ class Study(_Part):
             raise StudyError(
                 f"{file}: expected a study, found {len(faults)} faults:\n" + "\n".join(faults)
             ) from error
-        resolved = study._resolved(path, places)
+        resolved = study._resolved(path, places, dry=dry)
         resolved._as_written = study.model_dump(mode="json")
         return resolved
 
@@ -217,8 +245,14 @@ class Study(_Part):
         """The settings with defaults filled in and paths as the file names them."""
         return self._as_written
 
-    def _resolved(self, file: Path, places: Mapping[str, Path]) -> "Study":
+    @property
+    def not_there(self) -> tuple[str, ...]:
+        """Text, as the file names it, that a dry run did not find."""
+        return self._not_there
+
+    def _resolved(self, file: Path, places: Mapping[str, Path], *, dry: bool) -> "Study":
         faults: list[str] = []
+        not_there: list[str] = []
 
         def find(name: str, *, model: bool = False) -> str:
             place, colon, rest = name.partition(":")
@@ -227,7 +261,11 @@ class Study(_Part):
                 faults.append(f"  {name}: no place is called {place!r} (known: {known})")
                 return name
             found = places[place] / rest if colon else file.absolute().parent / name
-            if not found.exists() and not (model and not colon and name.count("/") == 1):
+            if found.exists() or (model and not colon and name.count("/") == 1):
+                pass
+            elif dry and not model:
+                not_there.append(name)
+            else:
                 faults.append(f"  {name}: there is nothing at {found}")
             return str(found) if colon or found.exists() else name
 
@@ -246,7 +284,9 @@ class Study(_Part):
         content = resolve(self.model_dump(exclude_unset=True))
         if faults:
             raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
-        return Study.model_validate(content)
+        resolved = Study.model_validate(content)
+        resolved._not_there = tuple(not_there)
+        return resolved
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -299,6 +299,24 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def fetched(source: str | Path) -> Path | None:
+    """The directory that `source` names or, for a hub id, where it was fetched to; else None.
+
+    Asks no network.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    name, _, revision = str(source).partition("@")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return found if any(found.glob("model*.safetensors")) else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return a directory's config.json; raises CheckpointError where it is missing or broken."""
     file = path / "config.json"

@@ -1,0 +1,437 @@
+"""A dry run of a study: what it would train, hold, compute and leave, before anything is done.
+
+    study file ----+
+    config.json    +--> plan --> parameters, rows, steps, memory, FLOPs, hours, disk
+    and headers ---+             (no weight is read, no text is read, nothing is written)
+
+Where the models are not at hand their sizes come from `family.shape` in the file; where they are,
+both must agree. Time is operations over rate, so it is as good as the share of the machine's rate
+that training reaches; scoring is not in it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedgraft.errors import StudyError
+from fedgraft.models import Precision
+from fedgraft.provenance import RECORD
+from fedgraft.study.cost import (
+    Operations,
+    graft_flops,
+    operations,
+    training_flops,
+    tuning_ratio,
+)
+from fedgraft.study.machine import Machine
+from fedgraft.study.memory import Memory, training_memory
+from fedgraft.study.shape import Shape
+from fedgraft.study.study import Study
+from fedgraft.training.settings import AdapterSettings, Lora, PretrainSettings, TrainingSettings
+from fedgraft.weights.checkpoint import CONFIG_DTYPES, DTYPES, Checkpoint, fetched
+
+SHARE = 0.45
+"""Of a machine's matrix rate that training reaches unless told otherwise."""
+BYTES_A_TOKEN = 4
+"""Of English text, about; for saying how often text is read."""
+TRAINED_SHARE = 0.8
+"""Of documents that are read; the others are held out."""
+STATE_COPIES = 3
+"""States to resume from that stand at once: two kept, one being written."""
+STATE_BYTES = 12
+"""A trained parameter in such a state: its float32 number and two moments."""
+ARMS_TRAINED = 2
+"""S1 and the newer base."""
+
+Stage = Literal["pre-training", "domains", "adapters"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """Runs of one kind; all of them do the same work."""
+
+    stage: Stage
+    num_runs: int
+    num_tokens: int
+    """Of one run, like everything below."""
+    row_length: int
+    num_rows: int
+    num_steps: int
+    micro_batch_rows: int
+    """Rows in one forward pass of one process."""
+    precision: Precision
+    gradient_checkpointing: bool
+    rank: int | None
+    """Of LoRA; all parameters are trained where None."""
+    num_trained: int
+    """Trainable parameters."""
+    paper_flops: float
+    """6 x parameters x tokens."""
+    operations: Operations
+    seconds: float
+    memory: Memory
+    """Of one process."""
+    checkpoints: tuple[int, ...]
+    """Token counts at which one is left."""
+    bytes_left: int
+    """Of all checkpoints of the run."""
+    state_bytes: int
+    """Beside them while the run goes on, to resume from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a study would take."""
+
+    study: str
+    machine: Machine
+    num_processes: int
+    share: float
+    base: str
+    shape: Shape
+    at_hand: bool
+    """Whether sizes were read from the checkpoint; else they are the file's."""
+    trainings: tuple[Training, ...]
+    num_grafts: int
+    graft_flops: float
+    """Of all grafts."""
+    tuning_ratio: float | None
+    """How many times a pre-training run's FLOPs the makers' instruction tuning took, if known."""
+    disk: Mapping[str, int]
+    """Bytes by what they are for."""
+    not_there: tuple[str, ...]
+    """Text and models that the study needs and a dry run does not."""
+    notes: tuple[str, ...]
+    """What a person should know before starting."""
+
+    @property
+    def flops(self) -> float:
+        """Of all training."""
+        return sum(one.num_runs * one.operations.total for one in self.trainings)
+
+    @property
+    def seconds(self) -> float:
+        """Of all training, one run after the other."""
+        return sum(one.num_runs * one.seconds for one in self.trainings)
+
+
+def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float = SHARE) -> Plan:
+    """Say what a study would take on a machine, without doing any of it.
+
+    Args:
+        num_processes: Devices that train together, each with its part of a step's rows.
+        share: Of the machine's matrix rate that is reached.
+
+    Raises StudyError, with all faults at once, for settings under which a run could not start: a
+    budget below one row, rows that cannot be shared out evenly, sizes that are not the model's.
+    """
+    if not 0 < share <= 1:
+        raise StudyError(
+            f"expected a share of the machine's rate above 0 and at most 1, found {share:g}; "
+            f"{SHARE} is a fair guess on a GPU"
+        )
+    if num_processes < 1:
+        raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
+    shape, at_hand = _shape(study)
+    num_ways = len(study.ways) if study.curve else 1
+    texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
+    settings: dict[Stage, tuple[TrainingSettings, int]] = {
+        "pre-training": (study.pretrain, ARMS_TRAINED * num_ways * len(study.seeds))
+    }
+    if texts:
+        runs = ARMS_TRAINED * len(texts) * len(study.seeds)
+        settings["domains"] = study.domain_settings, runs
+    if study.adapters:
+        settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
+    faults = [
+        f"  {'pretrain' if stage == 'pre-training' else stage}.{fault}"
+        for stage, (one, _) in settings.items()
+        for fault in (*_faults(one, study, shape), *_uneven(one, study, num_processes))
+    ]
+    if faults:
+        raise StudyError(
+            f"study {study.name}: found {len(faults)} settings with which training could not "
+            "start:\n" + "\n".join(faults)
+        )
+    trainings = tuple(
+        _training(stage, one, runs, study, shape, machine, num_processes, share)
+        for stage, (one, runs) in settings.items()
+    )
+    pretraining = trainings[0]
+    num_grafts = len(study.seeds) * (
+        num_ways * len(pretraining.checkpoints) + len(study.merging) + len(texts)
+    )
+    stored = _model_bytes(shape)
+    models = (study.family.base, study.family.instruct)
+    missing = tuple(model for model in models if fetched(model) is None)
+    return Plan(
+        study=study.name,
+        machine=machine,
+        num_processes=num_processes,
+        share=share,
+        base=study.family.base,
+        shape=shape,
+        at_hand=at_hand,
+        trainings=trainings,
+        num_grafts=num_grafts,
+        graft_flops=num_grafts * graft_flops(shape.num_parameters),
+        tuning_ratio=tuning_ratio(study.tuning, study.pretrain.num_tokens)
+        if study.tuning
+        else None,
+        disk={
+            "models to fetch": len(missing) * stored,
+            "residual": shape.num_parameters * DTYPES["F32"].itemsize,
+            **{f"checkpoints of {one.stage}": one.num_runs * one.bytes_left for one in trainings},
+            "grafts": (1 if study.curve else num_grafts) * stored,  # a curve's are scored and go
+            "to resume from, while training": max(one.state_bytes for one in trainings),
+        },
+        not_there=study.not_there + missing,
+        notes=tuple(_notes(study, shape, machine, trainings, num_processes)),
+    )
+
+
+def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
+    """What a run would hold by what is trained: `full`, or LoRA, with checkpointing or without."""
+    rank = training.rank or Lora().rank
+    return {
+        in_words(chosen, recompute): training_memory(
+            plan.shape,
+            micro_batch_rows=training.micro_batch_rows,
+            row_length=training.row_length,
+            precision=training.precision,
+            gradient_checkpointing=recompute,
+            rank=chosen,
+            num_processes=plan.num_processes,
+        )
+        for chosen in (None, rank)
+        for recompute in (False, True)
+    }
+
+
+def in_words(rank: int | None, gradient_checkpointing: bool) -> str:
+    """What is trained, and how."""
+    trained = "full" if rank is None else f"LoRA {rank}"
+    return f"{trained}, recompute" if gradient_checkpointing else trained
+
+
+def _shape(study: Study) -> tuple[Shape, bool]:
+    """The model's sizes, and whether the checkpoint itself said so."""
+    given, folder = study.family.shape, fetched(study.family.base)
+    if folder is None:
+        if given is None:
+            raise StudyError(
+                f"family.base: expected a model at hand or its sizes in `family.shape`, found "
+                f"{study.family.base} not fetched and no sizes; copy them from its config.json, or "
+                f"fetch it with `hf download {study.family.base}`"
+            )
+        return given, False
+    checkpoint = Checkpoint.open(folder)
+    found = Shape.of(checkpoint)
+    if given is not None:
+        for key in Shape.model_fields:
+            stated, there = getattr(given, key), getattr(found, key)
+            if key in given.model_fields_set and stated != there:
+                raise StudyError(
+                    f"family.shape.{key}: expected {there}, which {folder} has, found {stated}; "
+                    "correct it, or take `shape` out: the checkpoint is at hand"
+                )
+    return found, True
+
+
+def _rows_per_step(settings: TrainingSettings, study: Study) -> int:
+    return max(1, settings.batch_tokens // study.row_length)
+
+
+def _rank(settings: TrainingSettings) -> int | None:
+    """Of LoRA; None where all parameters are trained."""
+    match settings:
+        case AdapterSettings():
+            return settings.rank
+        case PretrainSettings(lora=Lora() as lora):
+            return lora.rank
+    return None
+
+
+def _budgets(settings: TrainingSettings) -> tuple[int, ...]:
+    return settings.budgets if isinstance(settings, PretrainSettings) else ()
+
+
+def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[str]:
+    """Settings with which no number of processes could start."""
+    tokens, row = settings.num_tokens, study.row_length
+    if tokens < row:
+        yield (
+            f"num_tokens: expected at least one row of {row} tokens, found {tokens}; raise "
+            "it or choose a smaller row_length"
+        )
+    for budget in _budgets(settings):
+        if not row <= budget < tokens:
+            yield (
+                f"budgets: expected token counts from one row ({row}) to below num_tokens "
+                f"({tokens}), found {budget}; correct it"
+            )
+    where = "rank" if isinstance(settings, AdapterSettings) else "lora.rank"
+    rank, narrowest = _rank(settings), min(min(size) for size in shape.matrices.values())
+    if rank is not None and rank > narrowest:
+        yield (
+            f"{where}: expected at most {narrowest}, the model's narrowest layer, found {rank}; "
+            "choose a smaller one"
+        )
+
+
+def _uneven(settings: TrainingSettings, study: Study, processes: int) -> Iterator[str]:
+    """Rows of a step that processes and forward passes cannot share out evenly."""
+    rows = _rows_per_step(settings, study)
+    if rows % processes:
+        yield (
+            f"batch_tokens: expected the {rows} rows of a step to be shared out evenly among "
+            f"{processes} processes; choose a multiple of {processes * study.row_length}, or "
+            "another number of processes"
+        )
+    elif settings.micro_batch_rows and (rows // processes) % min(
+        settings.micro_batch_rows, rows // processes
+    ):
+        yield (
+            f"micro_batch_rows: expected a divisor of the {rows // processes} rows that a "
+            f"process has in a step, found {settings.micro_batch_rows}; choose a divisor"
+        )
+
+
+def _training(
+    stage: Stage,
+    settings: TrainingSettings,
+    num_runs: int,
+    study: Study,
+    shape: Shape,
+    machine: Machine,
+    num_processes: int,
+    share: float,
+) -> Training:
+    rows_per_step, rank = _rows_per_step(settings, study), _rank(settings)
+    own_rows = rows_per_step // num_processes
+    micro = min(settings.micro_batch_rows or own_rows, own_rows)
+    precision = machine.precision if settings.precision == "auto" else settings.precision
+    num_steps = max(1, round(settings.num_tokens / study.row_length / rows_per_step))
+    num_rows = num_steps * rows_per_step
+    work = operations(
+        shape,
+        num_rows * study.row_length,
+        study.row_length,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        rank=rank,
+    )
+    adapter = rank is not None and stage == "adapters"
+    trained = shape.num_parameters if rank is None else shape.adapter_parameters(rank)
+    checkpoints = tuple(sorted({*_budgets(settings), settings.num_tokens}))
+    stored = trained * DTYPES["F32"].itemsize if adapter else _model_bytes(shape)
+    return Training(
+        stage=stage,
+        num_runs=num_runs,
+        num_tokens=num_rows * study.row_length,
+        row_length=study.row_length,
+        num_rows=num_rows,
+        num_steps=num_steps,
+        micro_batch_rows=micro,
+        precision=precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        rank=rank,
+        num_trained=trained,
+        paper_flops=training_flops(shape.num_parameters, num_rows * study.row_length),
+        operations=work,
+        seconds=work.total / (machine.flops(precision) * share * num_processes),
+        memory=training_memory(
+            shape,
+            micro_batch_rows=micro,
+            row_length=study.row_length,
+            precision=precision,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            rank=rank,
+            num_processes=num_processes,
+        ),
+        checkpoints=checkpoints,
+        bytes_left=len(checkpoints) * stored,
+        state_bytes=STATE_COPIES * STATE_BYTES * trained,
+    )
+
+
+def _model_bytes(shape: Shape) -> int:
+    """A checkpoint of the model on disk, in the dtype of its weights."""
+    names = {name: key for key, name in CONFIG_DTYPES.items()}
+    return shape.num_parameters * DTYPES[names[shape.dtype]].itemsize
+
+
+def _notes(
+    study: Study,
+    shape: Shape,
+    machine: Machine,
+    trainings: tuple[Training, ...],
+    num_processes: int,
+) -> Iterator[str]:
+    for training in trainings:
+        if training.memory.total > machine.memory_bytes:
+            yield (
+                f"{training.stage} does not fit: {_gigabytes(training.memory.total)} a process, "
+                f"{_gigabytes(machine.memory_bytes)} on {machine.name}; "
+                + _remedy(study, shape, machine, training, num_processes)
+            )
+    row, positions = study.row_length, shape.max_position_embeddings
+    if row > positions:
+        yield (
+            f"rows of {row} tokens are longer than the model's {positions} positions: a document "
+            "over that is refused when training starts"
+        )
+    if study.pretrain.batch_tokens < row:
+        yield f"pretrain.batch_tokens is below a row ({row}): a step reads one row"
+    texts = [Path(path) for part in study.departments.values() for path in part.corpus]
+    size = sum(_text_bytes(path) for path in texts)
+    share = 1 - (study.replay.share if study.replay else 0.0)
+    if size and not study.not_there:
+        tokens = size / BYTES_A_TOKEN * TRAINED_SHARE
+        yield (
+            f"the text is {size / 1e6:.1f} MB, about {tokens / 1e6:.2g}M tokens to train on at "
+            f"{BYTES_A_TOKEN} bytes each: a run reads it "
+            f"{trainings[0].num_tokens * share / tokens:.1f} times"
+        )
+
+
+def _remedy(
+    study: Study, shape: Shape, machine: Machine, training: Training, num_processes: int
+) -> str:
+    """The first thing that would make it fit: smaller passes, recomputing, more devices."""
+
+    def fits(rows: int, recompute: bool, processes: int) -> bool:
+        need = training_memory(
+            shape,
+            micro_batch_rows=rows,
+            row_length=study.row_length,
+            precision=training.precision,
+            gradient_checkpointing=recompute,
+            rank=training.rank,
+            num_processes=processes,
+        )
+        return need.total <= machine.memory_bytes
+
+    now = training.gradient_checkpointing
+    if fits(1, now, num_processes):
+        return "set micro_batch_rows: 1 (the result is the same)"
+    if fits(1, True, num_processes):
+        return "set gradient_checkpointing: true and micro_batch_rows: 1 (the result is the same)"
+    processes, rows = num_processes, training.num_rows // training.num_steps
+    while rows % (processes := 2 * processes) == 0:
+        if fits(1, True, processes):
+            return (
+                f"{processes} processes with gradient_checkpointing: true and micro_batch_rows: 1 "
+                "would do"
+            )
+    return "take LoRA, more rows a step for more processes, or larger devices"
+
+
+def _text_bytes(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != RECORD)
+    return path.stat().st_size if path.exists() else 0
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
