@@ -34,6 +34,7 @@ from fedgraft.study.result import (
 )
 from fedgraft.study.study import Study
 from fedgraft.text.dialogues import Dialogue, Message
+from fedgraft.training import pretrain
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.residual import Residual
 
@@ -237,6 +238,46 @@ def test_the_rate_is_the_same_at_each_step_whatever_the_budget(
     assert len(short) >= 3
     assert all(long[step] == rate for step, rate in short.items())
     assert long[1] < long[max(long)] == pytest.approx(1e-3)
+
+
+def test_a_run_that_was_killed_keeps_the_checkpoints_that_it_had_left(
+    ran: Ran, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the last weights are written: it goes on from its state, past both budgets."""
+    changes: dict[str, Any] = {
+        "pretrain": {**PRETRAIN, "checkpoint_every": 1},
+        "seeds": [1],
+        "replay": None,
+        "curve": {},
+    }
+    save = pretrain.save_model
+
+    def killed(model: Any, tokenizer: Any, folder: Path, **more: Any) -> None:
+        if (tmp_path / "out/curve/rate-0.001-replay-0/seed-1/s1/model-512").exists():
+            raise KeyboardInterrupt
+        save(model, tokenizer, folder, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_small(material, tmp_path / "out", **changes)
+    place = tmp_path / "out/curve/rate-0.001-replay-0/seed-1/s1"
+    assert not (place / RECORD).exists()
+    left = (place / "model-256" / RECORD).stat().st_mtime_ns
+    resumed = run_small(material, tmp_path / "out", **changes)
+    assert (place / "model-256" / RECORD).stat().st_mtime_ns == left
+    assert sorted(file.name for file in place.iterdir()) == [
+        RECORD,
+        "model",
+        "model-256",
+        "model-512",
+    ]
+    scores = {
+        (p.arm, p.num_tokens): p.scores
+        for p in ran.result.points
+        if p.seed == 1 and not p.way.replay
+    }
+    assert {(p.arm, p.num_tokens): p.scores for p in resumed.result.points} == scores
 
 
 def test_a_finished_study_is_not_run_again(ran: Ran, material: Path) -> None:
