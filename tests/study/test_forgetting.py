@@ -16,9 +16,12 @@ from tests.study.small import page, write_lines, write_material, write_study
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED
+from fedgraft.models import save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms
 from fedgraft.study.forgetting import at_equal_distances, run, verdict
+from fedgraft.study.machine import machine
+from fedgraft.study.plan import plan
 from fedgraft.study.result import (
     CURVE_ARMS,
     FORGOTTEN,
@@ -250,12 +253,11 @@ def test_a_run_that_was_killed_keeps_the_checkpoints_that_it_had_left(
         "replay": None,
         "curve": {},
     }
-    save = pretrain.save_model
 
     def killed(model: Any, tokenizer: Any, folder: Path, **more: Any) -> None:
         if (tmp_path / "out/curve/rate-0.001-replay-0/seed-1/s1/model-512").exists():
             raise KeyboardInterrupt
-        save(model, tokenizer, folder, **more)
+        save_model(model, tokenizer, folder, **more)
 
     with monkeypatch.context() as patched:
         patched.setattr(pretrain, "save_model", killed)
@@ -287,11 +289,22 @@ def test_a_finished_study_is_not_run_again(ran: Ran, material: Path) -> None:
 
 
 def test_one_more_seed_runs_that_seed_alone(material: Path, tmp_path: Path) -> None:
-    few: dict[str, Any] = {"replay": None, "curve": {}}
+    short = {**PRETRAIN, "num_tokens": 256, "budgets": [128]}
+    few: dict[str, Any] = {"pretrain": short, "replay": None, "curve": {}}
     run_small(material, tmp_path / "out", seeds=[1], **few)
     more = run_small(material, tmp_path / "out", seeds=[1, 2], **few)
     assert more.stages_done
     assert all("seed 2" in title for title in more.stages_done)
+
+
+def test_the_plan_counts_the_runs_that_are_made(ran: Ran, material: Path, tmp_path: Path) -> None:
+    planned = plan(load(material, tmp_path / "study.yaml"), machine("h100"))
+    of_curve = [stage for stage in ran.result.losses if ", rate " in stage]
+    of_domains = [stage for stage in ran.result.losses if ", far away, " in stage]
+    runs = {training.stage: training.num_runs for training in planned.trainings}
+    assert runs == {"pre-training": len(of_curve), "domains": len(of_domains)}
+    scored = [cost.stage for cost in ran.result.costs if "/scores" in cost.stage]
+    assert planned.num_grafts == sum("graft" in stage for stage in scored)
 
 
 def test_the_result_is_read_as_what_it_is(ran: Ran) -> None:

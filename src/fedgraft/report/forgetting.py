@@ -15,6 +15,7 @@ from fedgraft.report.words import (
     COLOURS,
     LABELS,
     Plot,
+    Tile,
     count,
     duration,
     figure,
@@ -76,15 +77,6 @@ class Section:
     panels: tuple[Plot, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
     """The rows of each way, those where nothing was read first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """A number that the eye meets first."""
-
-    value: str
-    words: str
-    colour: str
 
 
 def render(result: Forgetting) -> str:

@@ -5,7 +5,6 @@ shown as missing.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import expm1
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +18,7 @@ from fedgraft.report.words import (
     LABELS,
     SCORE_WORDS,
     Plot,
+    Tile,
     count,
     duration,
     figure,
@@ -34,15 +34,6 @@ from fedgraft.study.result import NEW_FACTS, Forgetting, Result, Summary, load_r
 PAGE = "report.html"
 
 ScoreRows = list[tuple[str, list[Summary | None]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """A number that the eye meets first."""
-
-    value: str
-    words: str
-    colour: str
 
 
 def write_report(directory: Path) -> Path:

@@ -50,6 +50,15 @@ class Plot:
     caption: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """A number that the eye meets first."""
+
+    value: str
+    words: str
+    colour: str
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as `a.b` and value; of a path only its end is shown."""
     for key, value in settings.items():
