@@ -25,10 +25,11 @@ from fedgraft.evaluation.perplexity import document_perplexity
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.pocket.company import write_company
+from fedgraft.pocket.recipe import NUM_POSITIONS
 from fedgraft.pocket.weights import folder as pocket
-from fedgraft.text.corpus import Corpus, Splits
+from fedgraft.text.corpus import Corpus, Document, Splits
 from fedgraft.text.dialogues import Dialogue, load_dialogues
-from fedgraft.text.packing import pack
+from fedgraft.text.packing import Rows, pack
 from fedgraft.training.pretrain import continue_pretraining
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.weights.family import Family
@@ -103,6 +104,9 @@ class Bench:
         asked = load_dialogues(company / "dialogues" / "validation.jsonl")
         self.dialogues: tuple[Dialogue, ...] = tuple(d for d in asked if d.constraints)
 
+    def packed(self, documents: Sequence[Document], seed: int) -> Rows:
+        return pack(self.tokenizer, documents, ROW_LENGTH, seed=seed, num_positions=NUM_POSITIONS)
+
     def splits(self, text: str) -> Splits:
         where, _, department = text.rpartition("/")
         folder = DATA / "dept" if where else self.company / "year2"
@@ -117,12 +121,12 @@ class Bench:
         pages = self.splits(run.text).train
         return continue_pretraining(
             self.base,
-            pack(self.tokenizer, pages, ROW_LENGTH, seed=run.seed),
+            self.packed(pages, run.seed),
             newer,
             TrainingSettings(
                 num_tokens=run.num_tokens, learning_rate=run.learning_rate, seed=run.seed
             ),
-            replay=pack(self.tokenizer, old, ROW_LENGTH, seed=run.seed) if run.replay else None,
+            replay=self.packed(old, run.seed) if run.replay else None,
             replay_share=run.replay,
             label=run.name,
         )

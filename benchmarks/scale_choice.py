@@ -15,6 +15,7 @@ from fedgraft.cli.places import places_of
 from fedgraft.evaluation.closeness import ScaleChoice, choose_scale
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
 from fedgraft.models import open_model, open_tokenizer
+from fedgraft.pocket.recipe import NUM_POSITIONS
 from fedgraft.provenance import derive_seed
 from fedgraft.study.material import Material
 from fedgraft.study.study import Study
@@ -77,10 +78,16 @@ def newer_base(study: Study, material: Material, seed: int, folder: Path) -> Pat
         assert study.replay
         continue_pretraining(
             study.family.base,
-            pack(tokenizer, pages, study.row_length, seed=seed),
+            pack(tokenizer, pages, study.row_length, seed=seed, num_positions=NUM_POSITIONS),
             folder,
             study.pretrain.model_copy(update={"seed": derive_seed(seed, "pretrain")}),
-            replay=pack(tokenizer, material.replay, study.row_length, seed=seed),
+            replay=pack(
+                tokenizer,
+                material.replay,
+                study.row_length,
+                seed=seed,
+                num_positions=NUM_POSITIONS,
+            ),
             replay_share=study.replay.share,
             label=f"seed {seed}",
         )

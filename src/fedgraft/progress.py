@@ -20,8 +20,11 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: float, unit: str) -> Iterator[Advance]:
-    """Show how far `label` has come towards `total` units; goes to standard error."""
+def progress(label: str, total: float | None, unit: str) -> Iterator[Advance]:
+    """Show how far `label` has come towards `total` units; goes to standard error.
+
+    Where nobody knows the total (None), how many units are done.
+    """
     if not is_first():
         yield lambda *_, **__: None
     else:
@@ -33,14 +36,14 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
+def _bar(label: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=28),
-        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.percentage:>3.0f} %" if total is not None else "{task.completed:,.0f}"),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
@@ -57,7 +60,7 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
+def _lines(label: str, total: float | None, unit: str) -> Iterator[Advance]:
     start = last = time.monotonic()
     done = 0.0
 
@@ -68,8 +71,10 @@ def _lines(label: str, total: float, unit: str) -> Iterator[Advance]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             rate = done / (now - start)
-            left = max(0.0, total - done) / rate if rate else 0.0
-            parts = [f"{done / total:.0%}", f"{rate:,.0f} {unit}/s", f"{left:.0f} s left", note]
+            parts = [f"{done:,.0f} {unit}", f"{rate:,.0f} {unit}/s", note]
+            if total is not None:
+                left = max(0.0, total - done) / rate if rate else 0.0
+                parts = [f"{done / total:.0%}", parts[1], f"{left:.0f} s left", note]
             print(f"{label}: " + ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
 
     yield advance

@@ -25,7 +25,9 @@ RECORD = "fedgraft.json"
 LIBRARIES = ("numpy", "torch", "transformers", "peft")
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
-Kind = Literal["checkpoint", "residual", "inspection", "graft", "adapter", "stage", "company"]
+Kind = Literal[
+    "checkpoint", "residual", "inspection", "graft", "adapter", "stage", "company", "rows"
+]
 
 
 class Record(BaseModel):

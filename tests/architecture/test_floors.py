@@ -27,7 +27,7 @@ FLOOR = {
     for number, parts in re.findall(r"^    (\d) (.+)$", __doc__ or "", re.MULTILINE)
     for part in re.findall(r"\w+", parts)
 }
-DOORS = {"__init__", "testing"}
+DOORS = {"__init__", "__main__", "testing"}
 HOMES: dict[str, str | tuple[str, ...]] = {
     "blake3": "weights/",
     "flwr": "federation/flower.py",
@@ -36,7 +36,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "lm_eval": "evaluation/harness.py",
     "matplotlib": "report/figures.py",
     "peft": "training/adapter.py",
-    "safetensors": ("weights/", "models.py"),  # models.py catches what transformers lets through
+    "safetensors": ("weights/", "models.py", "training/state.py"),  # what torch saves and loads
     "sklearn": "selection/",
     "typer": "cli/",
     "yaml": "study/",

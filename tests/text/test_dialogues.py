@@ -59,7 +59,9 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
 
 def test_packed_dialogues_keep_their_labels() -> None:
     rows = pack_dialogues(tokenizer(), [dialogue_of("Where?", "Here."), dialogue_of("a", "b")], 64)
-    targets = tokenizer().decode(rows.labels[rows.labels != IGNORED])
+    labels = rows.stacked()["labels"]
+    targets = tokenizer().decode(labels[labels != IGNORED])
+    assert len(labels[labels != IGNORED]) == rows.num_targets
     assert "Here.<|im_end|>" in targets
     assert "Where" not in targets
 

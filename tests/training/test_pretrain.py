@@ -1,5 +1,6 @@
 """Laws of training: batches, interruptions and the budget change nothing that they should not."""
 
+import dataclasses
 import errno
 import os
 import signal
@@ -20,7 +21,9 @@ from transformers import Trainer
 from fedgraft.errors import ArtefactError, NonFiniteError, TrainingError
 from fedgraft.models import open_model
 from fedgraft.provenance import Record
-from fedgraft.testing import save_tiny, tiny_model
+from fedgraft.testing import TEXT, save_tiny, tiny_model, tiny_tokenizer
+from fedgraft.text.cache import pack_to_disk
+from fedgraft.text.corpus import Document
 from fedgraft.text.packing import Rows
 from fedgraft.training import trainer
 from fedgraft.training.pretrain import continue_pretraining
@@ -127,28 +130,24 @@ def test_stopped_and_resumed_equals_never_stopped(
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
-    checkpoint: Path, rows: Rows, tmp_path: Path
+    checkpoint: Path, tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"num_tokens": 40_000, "checkpoint_every": 10})
-    np.savez(
-        tmp_path / "rows.npz",
-        **{
-            name: getattr(rows, name) for name in ("input_ids", "position_ids", "labels", "lengths")
-        },
-    )
+    texts = [Document(id=str(n), text=f"{n}. {TEXT[n % 3]}", source="test") for n in range(40)]
+    rows = pack_to_disk(tiny_tokenizer(), texts, tmp_path / "rows", 64)
     script = (
-        "import sys, json, numpy, torch; torch.set_num_threads(1)\n"
+        "import sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from fedgraft.text.packing import Rows\n"
-        "from fedgraft.training.settings import TrainingSettings\n"
+        "from fedgraft.text.cache import open_rows\n"
         "from fedgraft.training.pretrain import continue_pretraining\n"
-        "rows = Rows(**dict(numpy.load(sys.argv[2])))\n"
+        "from fedgraft.training.settings import TrainingSettings\n"
+        "rows = open_rows(Path(sys.argv[2]))\n"
         "settings = TrainingSettings.model_validate_json(sys.argv[4])\n"
         "continue_pretraining(sys.argv[1], rows, Path(sys.argv[3]), settings)\n"
     )
 
     def start(out: Path) -> "subprocess.Popen[bytes]":
-        arguments = [checkpoint, tmp_path / "rows.npz", out, settings.model_dump_json()]
+        arguments = [checkpoint, tmp_path / "rows", out, settings.model_dump_json()]
         return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)])
 
     out = tmp_path / "killed"
@@ -162,7 +161,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     process.wait()
     assert not out.exists()
     assert start(out).wait() == 0
-    assert leftovers(tmp_path) == ["killed", "rows.npz"]
+    assert leftovers(tmp_path) == ["killed", "rows"]
     whole = continue_pretraining(checkpoint, rows, tmp_path / "whole", settings)
     assert_same_weights(whole, out)
 
@@ -237,7 +236,7 @@ def test_a_gpu_without_memory_left_names_the_setting(
 def test_a_position_that_the_model_lacks_is_refused(rows: Rows, tmp_path: Path) -> None:
     model = tiny_model()
     model.config.max_position_embeddings = 32
-    with pytest.raises(TrainingError, match=r"at most 32 tokens, .* found \d+; pack into shorter"):
+    with pytest.raises(TrainingError, match=r"below the model's 32, found \d+ of them; pack into"):
         train(model, rows, SETTINGS, tmp_path, label="test")
 
 
@@ -279,17 +278,12 @@ def test_replay_without_old_text_is_refused(checkpoint: Path, rows: Rows, tmp_pa
 
 def test_a_token_that_the_model_lacks_is_refused(rows: Rows, tmp_path: Path) -> None:
     small = save_tiny(tmp_path / "small", rows=300)
-    with pytest.raises(TrainingError, match=rf"below the 300 rows .* found {rows.input_ids.max()}"):
+    with pytest.raises(TrainingError, match=rf"below the 300 rows .* found {rows.highest_id}"):
         continue_pretraining(small, rows, tmp_path / "out", SETTINGS)
 
 
 def test_rows_without_targets_are_refused(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
-    blank = Rows(
-        input_ids=rows.input_ids,
-        position_ids=rows.position_ids,
-        labels=np.full_like(rows.labels, -100),
-        lengths=rows.lengths,
-    )
+    blank = dataclasses.replace(rows, targets_of=np.zeros_like(rows.targets_of))
     with pytest.raises(TrainingError, match="expected rows with targets"):
         continue_pretraining(checkpoint, blank, tmp_path / "out", SETTINGS)
 

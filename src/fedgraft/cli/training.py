@@ -191,10 +191,16 @@ def _pack(model: str, paths: list[Path], row_length: int, seed: int) -> "Rows":
     from fedgraft.models import open_tokenizer
     from fedgraft.text.corpus import Corpus
     from fedgraft.text.packing import pack
-    from fedgraft.weights.checkpoint import resolve
+    from fedgraft.weights.checkpoint import read_config, resolve
 
     corpus = Corpus.load(*paths)
-    rows = pack(open_tokenizer(resolve(model)), corpus.documents, row_length, seed=seed)
+    rows = pack(
+        open_tokenizer(resolve(model)),
+        corpus.documents,
+        row_length,
+        seed=seed,
+        num_positions=read_config(resolve(model)).get("max_position_embeddings"),
+    )
     say(
         "text",
         f"{len(corpus.documents):,} documents, {rows.num_tokens:,} tokens in {len(rows):,} rows; "

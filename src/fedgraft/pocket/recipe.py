@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW_LENGTH = 256
+NUM_POSITIONS = 1024
 VOCABULARY = 4096
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -138,7 +139,10 @@ def build(data: Path, out: Path) -> None:
     if not (out / "base").exists():
         sources = {"english": english, "pages": year1, "writing desk": desk, "chat exports": chats}
         rows = mix(
-            [(pack(tokenizer, sources[name], ROW_LENGTH), share) for name, share in SHARES.items()],
+            [
+                (pack(tokenizer, sources[name], ROW_LENGTH, num_positions=NUM_POSITIONS), share)
+                for name, share in SHARES.items()
+            ],
             num_rows=PRETRAIN.num_tokens // ROW_LENGTH,
             seed=SEED,
         )
@@ -160,7 +164,7 @@ def random_model() -> Qwen2ForCausalLM:
         intermediate_size=512,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=NUM_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,

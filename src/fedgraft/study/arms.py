@@ -37,7 +37,7 @@ from fedgraft.study.run import PLAINLY, SCORECARD, Run, versions
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import Merging, Study
 from fedgraft.text.dialogues import Dialogue
-from fedgraft.text.packing import Rows, pack
+from fedgraft.text.packing import Rows
 from fedgraft.training.adapter import open_adapted, train_adapter
 
 
@@ -250,7 +250,7 @@ class _Arms(Run):
         held_out = self.material.held_out(self.study.evaluation.max_documents)
         results = []
         for department, split in self.material.splits.items():
-            rows = pack(self.tokenizer, split.train, self.study.row_length, seed=seed)
+            rows = self.rows(split.train, seed)
             dialogues = [d for d in self.material.test_dialogues if d.department == department]
 
             def make(

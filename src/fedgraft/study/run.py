@@ -90,8 +90,8 @@ class Run:
         replay = self.material.replay if replay_share else ()
 
         def make(folder: Path) -> dict[str, Any]:
-            rows = self._rows(documents, seed)
-            old = self._rows(replay, seed) if replay else None
+            rows = self.rows(documents, seed)
+            old = self.rows(replay, seed) if replay else None
             continue_pretraining(
                 model,
                 rows,
@@ -245,8 +245,15 @@ class Run:
             "test material": self.material.test_hash,
         }
 
-    def _rows(self, documents: Sequence[Document], seed: int) -> Rows:
-        return pack(self.tokenizer, documents, self.study.row_length, seed=seed)
+    def rows(self, documents: Sequence[Document], seed: int) -> Rows:
+        """Documents, packed for the family; the seed says in which order."""
+        return pack(
+            self.tokenizer,
+            documents,
+            self.study.row_length,
+            seed=seed,
+            num_positions=self.family.base.config.get("max_position_embeddings"),
+        )
 
 
 def versions() -> dict[str, str]:

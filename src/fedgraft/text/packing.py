@@ -1,91 +1,55 @@
-"""Documents to rows of equal length, none of which lets one document see another.
+"""Documents to rows: encoded in parallel, cut to the length of a row, laid where they fit best.
 
-    row        | doc A ......... | doc B .... | pad |
-    input_ids  | a a a a a a eos | b b b  eos | eos |
-    position   | 0 1 2 3 4 5 6   | 0 1 2  3   | 0 . |
-    labels     | - a a a a a eos | - b b  eos | -   |   (- is IGNORED: no target crosses over)
+    documents  | A ..... | B .. | C ......................... | D . |
+    pieces     | A ..... | B .. | C .......... | C' ..........  | D . |  none longer than a row
+    rows       | C .......... |                          positions 0 to t - 1
+               | C' ....... B |                          C' from t on, where the model has those
+               | A ..... D .  |                          B, A and D from 0
 
-What keeps the documents apart in attention is the positions that start again at 0, together with
-`use_cache=False` and *no* attention mask in the forward pass; transformers then masks each run of
-positions by itself. A mask of ones, or a cache, would let them see each other.
+A document is closed by the end-of-text token, and begins with the start-of-text token where the
+tokenizer sets one (Llama, Gemma). A piece that goes on where another ended keeps its positions, all
+multiples of t, and only the last piece of a document is shorter than t. So what follows a piece in
+its row never begins at the position that would go on by 1: two neighbours do not look like one.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.errors import CorpusError
-from fedgraft.provenance import hash_bytes
+from fedgraft.provenance import hash_json
 from fedgraft.text.corpus import Document
+from fedgraft.text.rows import IGNORED as IGNORED
+from fedgraft.text.rows import PIECE, PackedText, Pieces, Tokens
+from fedgraft.text.rows import Rows as Rows
+from fedgraft.text.rows import concatenate as concatenate
+from fedgraft.text.rows import mix as mix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that is no target, as in `torch.nn.CrossEntropyLoss`."""
+BATCH_CHARACTERS = 1 << 20
+"""Text that one call of the tokenizer encodes; a longer document is a batch by itself."""
+BATCHES_AHEAD = 2
+"""Batches that are encoded while another is read; all are in memory."""
 
-Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Packed rows, each array [b rows, t tokens] of int32."""
+class Encoded:
+    """Some documents as tokens, one after the other, each with its end token."""
 
-    input_ids: Ints
-    position_ids: Ints
-    labels: Ints
-    lengths: Ints
-    """Tokens of each row that are not padding, [b rows]."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, row: int) -> dict[str, Ints]:
-        return {
-            "input_ids": self.input_ids[row],
-            "position_ids": self.position_ids[row],
-            "labels": self.labels[row],
-        }
-
-    def take(self, rows: NDArray[np.int64]) -> "Rows":
-        """The rows of these numbers, in their order; a number may come more than once."""
-        return Rows(
-            input_ids=self.input_ids[rows],
-            position_ids=self.position_ids[rows],
-            labels=self.labels[rows],
-            lengths=self.lengths[rows],
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.lengths.sum())
-
-    @property
-    def row_length(self) -> int:
-        return int(self.input_ids.shape[1])
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that are predicted."""
-        return int((self.labels != IGNORED).sum())
-
-    @property
-    def fill(self) -> float:
-        """Share of the row space that holds tokens."""
-        return self.num_tokens / self.input_ids.size
-
-    @property
-    def content_hash(self) -> str:
-        """Hash over the row length and every id, position and label."""
-        arrays = (self.input_ids, self.position_ids, self.labels)
-        shape = np.array(self.input_ids.shape, np.int64)
-        return hash_bytes(*(array.tobytes() for array in (shape, *arrays)))
+    tokens: Tokens
+    lengths: Longs
+    """Tokens of each document."""
 
 
 def pack(
@@ -94,36 +58,28 @@ def pack(
     row_length: int,
     *,
     seed: int = 0,
+    num_positions: int | None = None,
 ) -> Rows:
-    """Pack whole documents into rows, best fit first; each is closed by the end-of-text token.
+    """Pack documents into rows in memory, best fit first; the seed shuffles the rows.
 
-    A document begins with the start-of-text token where the tokenizer sets one (Llama, Gemma). One
-    longer than a row is cut into rows' lengths, each piece with positions from 0. The order of the
-    rows is shuffled by the seed. Every token appears once.
+    Every token appears once. For a corpus that does not fit, `cache.pack_to_disk` gives the same
+    rows.
 
-    Raises CorpusError where there is no document, rows are shorter than 2 tokens, or the tokenizer
-    has no end-of-text token.
+    Args:
+        num_positions: How many positions the model has; no limit where None. A piece that would
+            reach beyond begins at position 0 again.
+
+    Raises CorpusError where there is no document, rows are shorter than 2 tokens or longer than
+    the model's positions, or the tokenizer has no end-of-text token.
     """
-    if row_length < 2:
-        raise CorpusError(
-            f"expected rows of at least 2 tokens, so that one predicts another, found {row_length}"
-        )
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise CorpusError(
-            "expected a tokenizer with an end-of-text token to close documents with, found none; "
-            "set eos_token in tokenizer_config.json"
-        )
-    start_of_text = [i for i in tokenizer.encode("")[:1] if i == tokenizer.bos_token_id]
-    texts = [document.text for document in documents]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    pieces = []
-    for ids in encoded:
-        whole = [*start_of_text, *ids, end]
-        for start in range(0, len(whole), row_length):
-            piece = whole[start : start + row_length]
-            pieces.append((piece, [IGNORED, *piece[1:]]))
-    return pack_pieces(pieces, row_length, padding=end, seed=seed)
+    padding = check(tokenizer, row_length, num_positions)
+    batches = list(encode(tokenizer, documents))
+    if not batches:
+        raise nothing_to_pack()
+    lengths = np.concatenate([batch.lengths for batch in batches])
+    pieces, bounds = arrange(cut(lengths, row_length, num_positions), row_length, seed)
+    tokens: Tokens = np.concatenate([batch.tokens for batch in batches])
+    return Rows.of(in_memory(tokens, pieces, bounds, row_length, padding))
 
 
 def pack_pieces(
@@ -133,77 +89,214 @@ def pack_pieces(
     padding: int,
     seed: int,
 ) -> Rows:
-    """Pack (ids, labels) that each fit a row; the shared end of text and of dialogues."""
-    if not pieces:
-        raise CorpusError("expected text to pack into rows, found none; check the corpus")
-    rows = _best_fit([len(ids) for ids, _ in pieces], row_length)
-    Random(seed).shuffle(rows)
-    shape = (len(rows), row_length)
-    input_ids = np.full(shape, padding, np.int32)
-    labels = np.full(shape, IGNORED, np.int32)
-    position_ids = np.zeros(shape, np.int32)
-    for row, members in enumerate(rows):
-        start = 0
-        for member in members:
-            ids, targets = pieces[member]
-            end = start + len(ids)
-            input_ids[row, start:end] = ids
-            labels[row, start:end] = targets
-            position_ids[row, start:end] = np.arange(len(ids))
-            start = end
-        position_ids[row, start:] = np.arange(row_length - start)
-    return Rows(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        labels=labels,
-        lengths=np.array([sum(len(pieces[m][0]) for m in row) for row in rows], np.int32),
-    )
+    """Pack (ids, labels) that each fit a row: dialogues, whose prompts are no targets.
 
-
-def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Members of each row: longest first, each into the fullest row that still has room."""
-    order = sorted(range(len(lengths)), key=lambda member: -lengths[member])
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    for member in order:
-        found = bisect_left(room, (lengths[member], -1))
-        if found == len(room):
-            rows.append([])
-            space, row = row_length, len(rows) - 1
-        else:
-            space, row = room.pop(found)
-        rows[row].append(member)
-        insort(room, (space - lengths[member], row))
-    return rows
-
-
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Rows of equal length, one after the other."""
-    return Rows(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        position_ids=np.concatenate([part.position_ids for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        lengths=np.concatenate([part.lengths for part in parts]),
-    )
-
-
-def mix(parts: Sequence[tuple[Rows, float]], *, num_rows: int, seed: int) -> Rows:
-    """So many rows, drawn from each part by its share; a part is repeated, each time in new order.
-
-    Raises CorpusError where the shares are not positive.
+    Raises CorpusError where there is none.
     """
-    if not parts or min(share for _, share in parts) <= 0:
+    if not pieces:
+        raise nothing_to_pack()
+    ids = np.concatenate([np.asarray(ids, np.int64) for ids, _ in pieces])
+    labels = np.concatenate([np.asarray(labels, np.int64) for _, labels in pieces])
+    lengths = np.array([len(ids) for ids, _ in pieces])
+    laid, bounds = arrange(cut(lengths, row_length, None), row_length, seed)
+    tokens = ids.astype(token_type(max(int(ids.max()), padding)))
+    return Rows.of(in_memory(tokens, laid, bounds, row_length, padding, labels != IGNORED))
+
+
+def in_memory(
+    tokens: Tokens,
+    pieces: Pieces,
+    bounds: Longs,
+    row_length: int,
+    padding: int,
+    targets: NDArray[np.bool_] | None = None,
+) -> PackedText:
+    """A packed text of arrays in memory."""
+    arrays: dict[str, NDArray[Any]] = {"tokens": tokens, "pieces": pieces, "bounds": bounds}
+    if targets is not None:
+        arrays["targets"] = targets
+    hashes = {name: sha256(array.data).hexdigest() for name, array in arrays.items()}
+    return PackedText(
+        tokens=tokens,
+        pieces=pieces,
+        bounds=bounds,
+        row_length=row_length,
+        padding=padding,
+        highest_id=max(int(tokens.max()), padding),
+        content_hash=content_hash(hashes, tokens.dtype, row_length, padding),
+        targets=targets,
+    )
+
+
+def content_hash(
+    hashes: dict[str, str], dtype: "np.dtype[np.generic]", row_length: int, padding: int
+) -> str:
+    """Hash of a packed text from the SHA-256 of its arrays, in memory or on disk alike."""
+    return hash_json([hashes, dtype.str, row_length, padding])
+
+
+def check(tokenizer: "PreTrainedTokenizerBase", row_length: int, num_positions: int | None) -> int:
+    """Return the end-of-text token, which is the padding too; raises CorpusError as `pack` does."""
+    if row_length < 2:
         raise CorpusError(
-            f"expected shares above zero, found {[share for _, share in parts]}; leave out a part "
-            "that should not be read"
+            f"expected rows of at least 2 tokens, so that one predicts another, found {row_length}"
         )
-    rng = np.random.default_rng(seed)
-    total = sum(share for _, share in parts)
-    chosen = []
-    for rows, share in parts:
-        count = round(num_rows * share / total)
-        epochs = -(-count // len(rows))
-        order = np.concatenate([rng.permutation(len(rows)) for _ in range(max(1, epochs))])
-        chosen.append(rows.take(order[:count]))
-    joined = concatenate(chosen)
-    return joined.take(rng.permutation(len(joined)))
+    if num_positions is not None and row_length > num_positions:
+        raise CorpusError(
+            f"expected rows of at most {num_positions} tokens, the model's positions, found "
+            f"{row_length}; choose shorter rows"
+        )
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise CorpusError(
+            "expected a tokenizer with an end-of-text token to close documents with, found none; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return int(end)
+
+
+def nothing_to_pack() -> CorpusError:
+    return CorpusError("expected text to pack into rows, found none; check the corpus")
+
+
+def token_type(highest_id: int) -> type[np.unsignedinteger[Any]]:
+    """The smallest type that holds the ids."""
+    return np.uint16 if highest_id < 2**16 else np.uint32
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", documents: Iterable[Document]
+) -> Iterator[Encoded]:
+    """Documents as tokens, in their order and in batches; read only as far as is asked for.
+
+    The tokenizer works on all cores while a batch before is turned into numbers and written.
+    """
+    dtype = token_type(max(tokenizer.get_vocab().values()))
+    # this call also takes back a truncation or padding that tokenizer.json asks for
+    start = [i for i in tokenizer.encode("")[:1] if i == tokenizer.bos_token_id]
+    end = tokenizer.eos_token_id
+
+    def encode_batch(texts: list[str]) -> Encoded:
+        flat: list[int] = []
+        lengths = []
+        for ids in _ids(tokenizer, texts):
+            lengths.append(len(start) + len(ids) + 1)
+            flat += start
+            flat += ids
+            flat.append(end)
+        return Encoded(tokens=np.array(flat, dtype), lengths=np.array(lengths))
+
+    waiting: deque[Future[Encoded]] = deque()
+    with ThreadPoolExecutor(BATCHES_AHEAD) as pool:
+        for texts in _batches(documents):
+            waiting.append(pool.submit(encode_batch, texts))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[list[int]]:
+    """Ids of each text; asked of the tokenizer in Rust where there is one, without offsets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return
+    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        yield encoding.ids
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+    texts: list[str] = []
+    num_characters = 0
+    for document in documents:
+        if texts and num_characters + len(document.text) > BATCH_CHARACTERS:
+            yield texts
+            texts, num_characters = [], 0
+        texts.append(document.text)
+        num_characters += len(document.text)
+    if texts:
+        yield texts
+
+
+def cut(lengths: Longs, row_length: int, num_positions: int | None) -> Pieces:
+    """Pieces of documents that lie one after the other, none longer than a row.
+
+    Each goes on at the position where the one before ended, or at 0 where the model's positions
+    would not do.
+    """
+    counts = -(-lengths // row_length)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces = np.empty(len(document), PIECE)
+    pieces["start"] = (np.cumsum(lengths) - lengths)[document] + nth * row_length
+    pieces["length"] = np.minimum(row_length, lengths[document] - nth * row_length)
+    if num_positions is None:
+        pieces["position"] = nth * row_length
+    else:
+        per_run = num_positions // row_length
+        nth_of_run = nth % per_run
+        end_of_run = per_run * row_length
+        fits_behind = (
+            (nth > 0) & (nth_of_run == 0) & (end_of_run + pieces["length"] <= num_positions)
+        )
+        pieces["position"] = np.where(fits_behind, end_of_run, nth_of_run * row_length)
+    return pieces
+
+
+def arrange(pieces: Pieces, row_length: int, seed: int) -> tuple[Pieces, Longs]:
+    """The pieces ordered by row, and the bounds of the rows, [b + 1]; the seed shuffles rows."""
+    members, bounds = best_fit(pieces["length"].astype(np.int64), row_length)
+    numbers = list(range(len(bounds) - 1))
+    Random(seed).shuffle(numbers)
+    counts = np.diff(bounds)[numbers]
+    shuffled = np.concatenate([[0], np.cumsum(counts)])
+    places = np.repeat(bounds[:-1][numbers] - shuffled[:-1], counts) + np.arange(len(pieces))
+    return pieces[members[places]], shuffled
+
+
+def best_fit(lengths: Longs, row_length: int) -> tuple[Longs, Longs]:
+    """Members of each row: longest first, each into the fullest row that still has room.
+
+    Of rows with the same room the first. Pieces of one length are placed together: a row that is
+    the fullest with room stays so until it has no more, so it takes as many of them as fit.
+
+    Returns:
+        Numbers of the pieces ordered by row, [p], and the bounds of the rows in them, [b + 1].
+    """
+    rows_with: list[list[Longs]] = [[] for _ in range(row_length + 1)]
+    has_rows = np.zeros(row_length + 1, bool)
+
+    def put(rows: Longs, room: int) -> None:
+        if len(rows) and room:
+            rows_with[room].append(rows)
+            has_rows[room] = True
+
+    row_of = np.empty(len(lengths), np.int64)
+    num_rows = num_placed = 0
+    sizes, counts = np.unique(lengths, return_counts=True)
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        left = count
+        while left:
+            room = size + int(has_rows[size:].argmax())
+            if has_rows[room]:
+                rows = np.sort(np.concatenate(rows_with[room]))
+                rows_with[room], has_rows[room] = [], False
+            else:
+                room = row_length
+                rows = np.arange(num_rows, num_rows - (-left // (room // size)))
+                num_rows += len(rows)
+            fit = room // size
+            num_taken = min(len(rows), -(-left // fit))
+            placed = np.repeat(rows[:num_taken], fit)[:left]
+            row_of[num_placed : num_placed + len(placed)] = placed
+            num_placed += len(placed)
+            left -= len(placed)
+            last = len(placed) - (num_taken - 1) * fit
+            put(rows[: num_taken - 1], room - fit * size)
+            put(rows[num_taken - 1 : num_taken], room - last * size)
+            put(rows[num_taken:], room)
+    order = np.argsort(-lengths, kind="stable")
+    members = order[np.argsort(row_of, kind="stable")]
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return members, bounds

@@ -343,17 +343,17 @@ def _schedule(settings: TrainingSettings, num_steps: int) -> dict[str, Any]:
 def _check(model: "PreTrainedModel", rows: Rows) -> None:
     if not rows.num_targets:
         raise TrainingError("expected rows with targets to learn, found none; check the text")
-    highest, known = int(rows.input_ids.max()), model.get_input_embeddings().num_embeddings
+    highest, known = rows.highest_id, model.get_input_embeddings().num_embeddings
     if highest >= known:
         raise TrainingError(
             f"expected token ids below the {known} rows of the model's embedding, found {highest}; "
             "pack the text with the tokenizer of this model"
         )
-    num_positions = getattr(model.config, "max_position_embeddings", rows.row_length)
-    if (longest := int(rows.position_ids.max()) + 1) > num_positions:
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    if num_positions is not None and rows.num_positions > num_positions:
         raise TrainingError(
-            f"expected pieces of at most {num_positions} tokens, the model's positions, found "
-            f"{longest}; pack into shorter rows"
+            f"expected positions below the model's {num_positions}, found {rows.num_positions} of "
+            "them; pack into rows no longer than that, with num_positions"
         )
 
 
