@@ -25,7 +25,7 @@ from synthetic import SHAPES, write_base, write_update
 from fedgraft.cli.places import places_of
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
 from fedgraft.models import open_model, open_tokenizer
-from fedgraft.study.arms import Material
+from fedgraft.study.material import Material
 from fedgraft.study.study import Study
 from fedgraft.training.adapter import open_adapted
 from fedgraft.weights.compression import compress, write_adapter

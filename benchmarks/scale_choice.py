@@ -17,7 +17,7 @@ from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.pocket.recipe import NUM_POSITIONS
 from fedgraft.provenance import derive_seed
-from fedgraft.study.arms import Material
+from fedgraft.study.material import Material
 from fedgraft.study.study import Study
 from fedgraft.text.packing import pack
 from fedgraft.training.pretrain import continue_pretraining

@@ -1,18 +1,33 @@
 """A result with realistic numbers, as three seeds of the pocket study would give it."""
 
+from statistics import fmean, stdev
+
 from fedgraft.evaluation.gate import decide
-from fedgraft.evaluation.scorecard import Example, Score, Scorecard
+from fedgraft.evaluation.scorecard import FOLLOWED, Example, Score, Scorecard
 from fedgraft.study.comparison import check_claims, summarise, verdict
 from fedgraft.study.cost import StageCost
 from fedgraft.study.result import (
     ARM_WORDS,
     ARMS,
+    CURVE_ARMS,
+    FORGOTTEN,
+    NEW_FACTS,
+    OLD_FACTS,
+    TEXT,
     AdapterResult,
     ArmResult,
+    CurvePoint,
+    DomainResult,
+    Forgetting,
+    Point,
     Result,
     ScaleCurve,
     ScalePoint,
+    Summary,
+    Way,
 )
+
+CURVE_SCORES = (FOLLOWED, OLD_FACTS, NEW_FACTS, TEXT)
 
 DEPARTMENTS = ("finance", "hr", "engineering", "it_support")
 SHARES = {  # score -> base, instruct, s1, pretrained_base, graft
@@ -158,4 +173,98 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         },
         inputs={"base": "sha256:" + "1a" * 32, "instruct": "sha256:" + "2b" * 32},
         versions={"fedgraft": "0.1.0", "torch": "2.13.0"},
+    )
+
+
+def example_forgetting(seeds: tuple[int, ...] = (1, 2, 3)) -> Forgetting:
+    """A curve of forgetting with realistic numbers: two rates, with replay and without."""
+    budgets = (25_000, 50_000, 100_000, 200_000, 400_000)
+    ways = [Way(learning_rate=r, replay=s) for r in (2e-4, 4e-4) for s in (0.0, 0.3)]
+    points, losses, rates = [], {}, {}
+    for seed in seeds:
+        for way in ways:
+            for arm in ("s1", "pretrained_base"):
+                stage = f"{arm}, {way.words}, seed {seed}"
+                losses[stage] = tuple((n, 1.3 + 2 / (1 + n / 12) + 0.01 * seed) for n in range(100))
+                rates[stage] = tuple((n, way.learning_rate * min(1, n / 5)) for n in range(100))
+            for place, budget in enumerate(budgets):
+                read = (place + 1) / len(budgets) * way.learning_rate / 4e-4 * (1 - way.replay)
+                shift = 0.02 * (seed - 2)
+                for arm, scores in {
+                    "s1": (0.93 - 0.5 * read, 0.8 - 0.2 * read, 0.6 * read, 2.3 - read),
+                    "pretrained_base": (0.01, 0.05, 0.06, 2.2 - read),
+                    "graft": (0.93 - 0.1 * read, 0.8 - 0.1 * read, 0.55 * read, 2.25 - read),
+                }.items():
+                    values = [max(0.0, value + shift) for value in scores]
+                    points.append(
+                        Point(
+                            arm=arm,
+                            way=way,
+                            num_tokens=budget,
+                            seed=seed,
+                            scores=dict(zip(CURVE_SCORES, values, strict=True)),
+                        )
+                    )
+    groups: dict[tuple[str, Way, int], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.arm, point.way, point.num_tokens), []).append(point)
+    curves = tuple(
+        CurvePoint(
+            arm=arm,
+            way=way,
+            num_tokens=budget,
+            scores={
+                name: over([point.scores[name] for point in found], nats=name == TEXT)
+                for name in CURVE_SCORES
+            },
+        )
+        for (arm, way, budget), found in groups.items()
+    )
+    shifts = {"company, year 2": 2.9, "news": 4.6, "real finance": 4.5, "real it support": 5.9}
+    return Forgetting(
+        name="forgetting_curve",
+        question="How much does a model still follow, the more it has read?",
+        verdict="After 400,000 tokens S1 loses 50 points, the graft loses 10 points.",
+        seeds=seeds,
+        own="company, year 2",
+        words={arm: ARM_WORDS[arm] for arm in ("base", "instruct", *CURVE_ARMS)},
+        references={
+            "base": dict(zip(CURVE_SCORES, (0.0, 0.02, 0.0, 2.9), strict=True)),
+            "instruct": dict(zip(CURVE_SCORES, (0.94, 0.8, 0.05, 3.0), strict=True)),
+        },
+        points=tuple(points),
+        curves=curves,
+        domains=tuple(
+            DomainResult(
+                domain=name,
+                nats_per_token=nats,
+                num_tokens=100_000,
+                arms={
+                    arm: {
+                        FORGOTTEN: over([lost, lost + 0.05]),
+                        TEXT: over([nats - 1, nats - 0.9], nats=True),
+                    }
+                    for arm, lost in (("s1", nats / 12), ("graft", nats / 40 - 0.08))
+                },
+            )
+            for name, nats in shifts.items()
+        ),
+        residual={"num_parameters": 2_360_000, "relative_norm": 0.1731},
+        losses=losses,
+        learning_rates=rates,
+        costs=(StageCost(stage="s1, rate 0.0002, no replay, seed 1", seconds=52.0),),
+        settings={"pretrain": {"learning_rate": 4e-4}, "seeds": list(seeds)},
+        inputs={"base": "sha256:" + "1a" * 32},
+        versions={"fedgraft": "0.1.0", "torch": "2.13.0"},
+    )
+
+
+def over(values: list[float], *, nats: bool = False) -> Summary:
+    return Summary(
+        mean=fmean(values),
+        lowest=min(values),
+        highest=max(values),
+        stdev=stdev(values) if len(values) > 1 else None,
+        num_seeds=len(values),
+        unit="nats" if nats else "share",
     )

@@ -8,7 +8,8 @@ import pytest
 from tests.report.example import example_result
 
 from fedgraft.errors import ReportError
-from fedgraft.report.page import count, duration, power, render, score_words, write_report
+from fedgraft.report.page import render, write_report
+from fedgraft.report.words import count, duration, power, score_words
 from fedgraft.study.result import Result
 
 

@@ -19,7 +19,8 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.provenance import RECORD, Record
 from fedgraft.report.page import render
-from fedgraft.study.arms import Material, run
+from fedgraft.study.arms import run
+from fedgraft.study.material import Material
 from fedgraft.study.result import ARMS, Result
 from fedgraft.study.stage import code_hash
 from fedgraft.study.study import Study

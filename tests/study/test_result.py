@@ -10,7 +10,9 @@ from tests.study.small import content
 from fedgraft.errors import ReportError
 from fedgraft.evaluation.scorecard import Score, Scorecard
 from fedgraft.study import result as module
-from fedgraft.study.result import FILE, ArmResult, Result
+from fedgraft.study.result import FILE, ArmResult, Forgetting, Result, load_result
+
+KEYS = r"^    (\w+(?:, \w+)*)  "
 
 
 def some_result() -> Result:
@@ -50,20 +52,38 @@ def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_every_key_is_explained_at_the_head_of_the_file(tmp_path: Path) -> None:
-    explained = re.findall(r"^    (\w+(?:, \w+)*)  ", module.__doc__ or "", re.MULTILINE)
-    keys = [key for line in explained for key in line.split(", ")]
-    assert keys == list(json.loads(some_result().write(tmp_path).read_bytes()))
+    either, of_arms, of_forgetting = (
+        [key for line in re.findall(KEYS, part, re.MULTILINE) for key in line.split(", ")]
+        for part in re.split(r"\nA study of \w+ goes on:", module.__doc__ or "")
+    )
+    assert either + of_arms == list(json.loads(some_result().write(tmp_path).read_bytes()))
+    assert sorted(either + of_forgetting) == sorted(Forgetting.model_fields)
+
+
+def test_the_keys_of_both_kinds_come_first_in_either() -> None:
+    num_shared = len(Result.model_fields.keys() & Forgetting.model_fields.keys())
+    assert list(Result.model_fields)[:num_shared] == list(Forgetting.model_fields)[:num_shared]
+
+
+def test_a_result_is_loaded_as_the_kind_that_it_is(tmp_path: Path) -> None:
+    result = some_result()
+    result.write(tmp_path)
+    assert load_result(tmp_path) == result
+    with pytest.raises(ReportError, match="expected a result of format 1"):
+        Forgetting.load(tmp_path)
 
 
 def test_a_folder_without_a_result_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        ReportError, match=r"result\.json, found nothing there; run `fedgraft study"
-    ):
-        Result.load(tmp_path / "none")
+    for load in (Result.load, load_result):
+        with pytest.raises(
+            ReportError, match=r"result\.json, found nothing there; run `fedgraft st"
+        ):
+            load(tmp_path / "none")
 
 
 @pytest.mark.parametrize("text", ['{"format": 2}', "not JSON", "[]"])
 def test_a_result_of_another_format_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text, encoding="utf-8")
-    with pytest.raises(ReportError, match=r"expected a result of format 1, found .*run the study"):
-        Result.load(tmp_path)
+    for load in (Result.load, load_result):
+        with pytest.raises(ReportError, match=r"of format 1, found .*run the study again"):
+            load(tmp_path)

@@ -107,7 +107,7 @@ def test_the_record_goes_before_what_it_vouches_for(
     """Otherwise a kill in between leaves a record of things that are not there."""
     run(tmp_path / "s", Maker())
 
-    def killed(folder: Path, *, hidden: bool) -> None:  # noqa: ARG001
+    def killed(folder: Path, **_: object) -> None:
         assert not (folder / RECORD).exists()
         raise KeyboardInterrupt
 
@@ -142,3 +142,28 @@ def test_the_person_is_told_what_runs_and_how_long_it_took(tmp_path: Path) -> No
     assert said[0] == "graft"
     assert said[1].endswith(" s")
     assert said[2:] == ["graft: done already"]
+
+
+def test_what_interrupted_training_goes_on_from_is_kept_beside_its_state_only(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "s"
+    seen: list[list[str]] = []
+
+    def make(place: Path) -> None:
+        seen.append(sorted(file.name for file in place.iterdir()))
+
+    for state in (["model-5", "other"], ["model-5", "other", ".state"]):
+        folder.mkdir(exist_ok=True)
+        for name in state:
+            (folder / name).touch()
+        run_stage(
+            folder,
+            title="train",
+            inputs={"with": str(state)},
+            settings={},
+            make=make,
+            say=lambda _: None,
+            keep="model-*",
+        )
+    assert seen == [[], [".state", "model-5"]]

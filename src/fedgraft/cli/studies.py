@@ -83,15 +83,17 @@ def report(
 
 def _run(file: Path, out: Path) -> None:
     from fedgraft.report.page import write_report
-    from fedgraft.study.arms import run as run_study
+    from fedgraft.study import arms, forgetting
     from fedgraft.study.study import Study
 
     study = Study.load(file, places_of(file, out))
+    run_study = forgetting.run if study.curve else arms.run
     result = run_study(study, out, say=lambda line: typer.echo(line, err=True))
     page = write_report(out)
     typer.echo(f"\n{result.verdict}\n")
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"
-    finish("report", page, steps=["open it in a browser", f"fedgraft chat {model}"])
+    chat = [] if study.curve else [f"fedgraft chat {model}"]
+    finish("report", page, steps=["open it in a browser", *chat])
 
 
 def _show(plan: "Plan") -> None:

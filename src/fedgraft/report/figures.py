@@ -6,14 +6,16 @@ drawn is labelled, or has its own mark. A missing number is written as `missing`
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ed"
 GREY, BLUE, VERMILION, GREEN = "#8a94a3", "#0072b2", "#d55e00", "#009e73"
@@ -55,6 +57,9 @@ class Series:
     x: Sequence[float | None]
     """Values; None where one is missing."""
     y: Sequence[float | None] = ()
+    low: Sequence[float | None] = ()
+    """The lowest of what `y` is the mean of."""
+    high: Sequence[float | None] = ()
 
 
 def bars(series: Sequence[Series], *, target: float | None = None, upper: float = 100) -> str:
@@ -151,6 +156,108 @@ def lines(
         return _svg(figure)
 
 
+def curves(
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """Lines of means over a logarithmic x axis, each in the band from its lowest to its highest.
+
+    `levels` are dashed lines at their first `y`, to be compared with.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(2.9)
+        axes.set_xscale("log")
+        for level in levels:
+            if level.y and level.y[0] is not None:
+                axes.axhline(
+                    level.y[0], color=level.colour, linestyle=(0, (4, 3)), label=level.name
+                )
+        ticks = sorted({x for row in series for x in row.x if x is not None})
+        for number, row in enumerate(series):
+            known = _known(row)
+            x, y, low, high = ([dot[part] for dot in known] for part in range(4))
+            axes.fill_between(x, low, high, color=row.colour, alpha=0.18, linewidth=0)
+            mark = MARKS[number % len(MARKS)]
+            style: dict[str, Any] = {
+                "color": row.colour,
+                "linewidth": 1.8,
+                "marker": mark,
+                "markersize": 5,
+            }
+            axes.plot(x, y, clip_on=False, zorder=3, **style)
+            gap = "" if len(known) == len(row.x) else ", in part missing" if known else " missing"
+            axes.plot([], [], label=row.name + gap, **style)
+        if ticks:
+            axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        if y_range:
+            axes.set_ylim(*y_range)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(axis="y", labelcolor=SOFT)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def scatter(series: Sequence[Series], names: Sequence[str], *, x_label: str, y_label: str) -> str:
+    """Dots with a whisker from their lowest to their highest; those of one x share a name."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _plot(3.6)
+        axes.axhline(0, color=SOFT, linewidth=1.2)
+        known = [x for row in series for x in row.x if x is not None]
+        first, last = min(known, default=0), max(known, default=1)
+        margin = 0.15 * (last - first or 1)
+        axes.set_xlim(first - margin, last + margin)
+        drawn = set()
+        for number, row in enumerate(series):
+            for x, y, low, high in _known(row):
+                axes.plot([x, x], [low, high], color=row.colour, linewidth=1.3, alpha=0.7)
+                mark = MARKS[number % len(MARKS)]
+                axes.plot([x], [y], mark, color=row.colour, markersize=7, label=row.name)
+                drawn.add(x)
+        places = {}
+        for number, name in enumerate(names):
+            place = next((row.x[number] for row in series if row.x[number] is not None), None)
+            if place is not None:
+                places[name if place in drawn else f"{name} missing"] = place
+        _names_above(axes, places)
+        axes.margins(y=0.1)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.tick_params(axis="y", labelcolor=SOFT)
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def _names_above(axes: Axes, places: Mapping[str, float]) -> None:
+    """Name places on the x axis above a plot, each as low as it stands clear of the others."""
+    left, right = axes.get_xlim()
+    a_character = (right - left) * 5.2 / (0.85 * 72 * WIDTH)
+    ends: list[float] = []
+    for name, place in sorted(places.items(), key=lambda named: named[1]):
+        half = a_character * (len(name) + 2) / 2
+        middle = min(max(place, left + half), right - half)
+        level = next((n for n, end in enumerate(ends) if end < middle - half), len(ends))
+        ends[level : level + 1] = [middle + half]
+        axes.axvline(place, color=GRID, linewidth=1.0, zorder=0)
+        axes.annotate(
+            name,
+            (middle, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 4 + 12 * level),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=SOFT,
+        )
+
+
 def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:
     """A bar a row on a logarithmic axis, for what differs by factors; `words` says its value."""
     with mpl.rc_context(STYLE):
@@ -175,6 +282,23 @@ def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:
         axes.xaxis.set_visible(False)
         _rows(axes, [row.name for row in series])
         return _svg(figure)
+
+
+def _known(row: Series) -> list[tuple[float, float, float, float]]:
+    """x, y, low and high of the dots that are not missing."""
+    return [
+        (x, y, low, high)
+        for x, y, low, high in zip(row.x, row.y, row.low, row.high, strict=True)
+        if x is not None and y is not None and low is not None and high is not None
+    ]
+
+
+def _short(number: float) -> str:
+    """`25k`, `1.5M`: a tick that fits."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{suffix}"
+    return f"{number:g}"
 
 
 def _plot(height: float) -> tuple[Figure, Axes]:

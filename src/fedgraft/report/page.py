@@ -4,71 +4,36 @@ The page says first what came out, then by how much, then how it was made. What 
 shown as missing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import expm1
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
-from fedgraft.report import figures
+from fedgraft.report import figures, forgetting
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
-from fedgraft.study.result import Result, Summary
+from fedgraft.report.words import (
+    COLOURS,
+    LABELS,
+    SCORE_WORDS,
+    Plot,
+    Tile,
+    count,
+    duration,
+    figure,
+    flatten,
+    power,
+    score,
+    score_words,
+    spaced,
+    spread,
+)
+from fedgraft.study.result import NEW_FACTS, Forgetting, Result, Summary, load_result
 
 PAGE = "report.html"
-NEW_FACTS = "knowledge/asked/new"
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-LABELS = {
-    "base": "base",
-    "instruct": "instruct",
-    "s1": "S1",
-    "pretrained_base": "newer base",
-    "graft": "graft",
-}
-COLOURS = {
-    "base": figures.GREY,
-    "instruct": figures.BLUE,
-    "s1": figures.VERMILION,
-    "pretrained_base": figures.PURPLE,
-    "graft": figures.GREEN,
-}
-SCORE_WORDS = {
-    FOLLOWED: "prompts followed in full",
-    "instructions/prompt_loose": "prompts followed, loosely read",
-    "instructions/instruction_strict": "single instructions followed",
-    "instructions/instruction_loose": "single instructions, loosely read",
-    "instructions/right": "right, whatever the form",
-    RIGHT_AND_FOLLOWED: "right and as instructed",
-    "knowledge/asked": "facts known, asked in chat",
-    NEW_FACTS: "new facts known, asked in chat",
-    "knowledge/asked/old": "old facts known, asked in chat",
-    "knowledge/recall": "facts known, as text to complete",
-    "knowledge/recall/new": "new facts known, as text to complete",
-    "knowledge/recall/old": "old facts known, as text to complete",
-}
 
 ScoreRows = list[tuple[str, list[Summary | None]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plot:
-    """A drawing, and what it shows in words."""
-
-    title: str
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """A number that the eye meets first."""
-
-    value: str
-    words: str
-    colour: str
 
 
 def write_report(directory: Path) -> Path:
@@ -78,12 +43,14 @@ def write_report(directory: Path) -> Path:
     """
     page = directory / PAGE
     partial = page.with_suffix(".partial")
-    partial.write_text(render(Result.load(directory)), encoding="utf-8")
+    partial.write_text(render(load_result(directory)), encoding="utf-8")
     return partial.rename(page)
 
 
-def render(result: Result) -> str:
-    """The page of a result."""
+def render(result: Result | Forgetting) -> str:
+    """The page of a result of either kind."""
+    if isinstance(result, Forgetting):
+        return forgetting.render(result)
     return fill(
         "template.html",
         *(duration, count, power, score, spread, figure),
@@ -96,7 +63,7 @@ def render(result: Result) -> str:
         adapters=_adapter_rows(result),
         merging=_merging_rows(result),
         examples=_examples(result),
-        settings=list(_flatten(result.settings)),
+        settings=list(flatten(result.settings)),
         num_seeds=len(result.scales),
     )
 
@@ -209,7 +176,7 @@ def _perplexity_plot(result: Result) -> Plot:
         series.append(Series(name="graft + adapter", colour=colour, x=changes))
     return Plot(
         title="How well each department's text is predicted",
-        svg=figures.changes(series, [_spaced(name) for name in _departments(result)]),
+        svg=figures.changes(series, [spaced(name) for name in _departments(result)]),
         caption="Change in perplexity on held-out documents against the base as it came; further "
         "left is better.",
     )
@@ -360,7 +327,7 @@ def _adapter_rows(result: Result) -> list[tuple[str, list[str | None]]]:
         cells = [f"{value:.3f}" for value in nats]
         followed = [f"{fmean(known):.1%}" if known else None for known in shares]
         change = f"{100 * expm1(nats[1] - nats[0]):+.1f}%"
-        rows.append((_spaced(department), [*cells, change, *followed]))
+        rows.append((spaced(department), [*cells, change, *followed]))
     return rows
 
 
@@ -371,83 +338,3 @@ def _examples(result: Result) -> list[tuple[str, list[tuple[str, Example]]]]:
         for example in arm.scorecards[0].examples if arm.scorecards else ():
             answers.setdefault(example.prompt, []).append((arm.arm, example))
     return list(answers.items())
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `a.b` and value; of a path only its end is shown."""
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{name}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield name, ", ".join(_shown(one) for one in value)
-        else:
-            yield name, _shown(value)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str) and Path(value).is_absolute():
-        return "…/" + "/".join(Path(value).parts[-2:])
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_shown(one)}" for key, one in value.items())
-    return "none" if value is None else str(value)
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def score_words(name: str) -> str:
-    """A score's name in words: a known one, a known one of a group, or a department's text."""
-    if name in SCORE_WORDS:
-        return SCORE_WORDS[name]
-    kind, _, rest = name.partition("/")
-    known, _, group = name.rpartition("/")
-    match kind:
-        case "perplexity":
-            department, _, unit = rest.partition("/")
-            return f"{_spaced(department)} text, {_spaced(unit)}"
-        case "response":
-            return f"answers of held-out dialogues, {_spaced(rest)}"
-    return f"{SCORE_WORDS.get(known, _spaced(known))}: {_spaced(group)}"
-
-
-def score(summary: Summary) -> str:
-    """`93.1 %` or `2.310`."""
-    return f"{summary.mean:.1%}" if summary.unit == "share" else f"{summary.mean:.3f}"
-
-
-def spread(summary: Summary) -> str:
-    """The standard deviation over seeds, in points or in the score's unit."""
-    sd = summary.stdev or 0.0
-    return f"{100 * sd:.1f}" if summary.unit == "share" else f"{sd:.3f}"
-
-
-def figure(value: Any) -> str:
-    """`2,360,000`, `0.173`."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def count(number: float) -> str:
-    """`2.4M`, `400k`, `17`."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:g}"
-
-
-def power(number: float) -> str:
-    """`2.3 × 10¹³`."""
-    mantissa, _, exponent = f"{number:.1e}".partition("e")
-    return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPT)}"
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `2 min 05 s`, `3 h 20 min`, `12 days`."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:,.0f} days"

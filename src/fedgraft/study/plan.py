@@ -44,12 +44,14 @@ STATE_BYTES = 12
 ARMS_TRAINED = 2
 """S1 and the newer base."""
 
+Stage = Literal["pre-training", "domains", "adapters"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """Runs of one kind; all of them do the same work."""
 
-    stage: Literal["pre-training", "adapters"]
+    stage: Stage
     num_runs: int
     num_tokens: int
     """Of one run, like everything below."""
@@ -132,9 +134,14 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
     if num_processes < 1:
         raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
     shape, at_hand = _shape(study)
-    settings: dict[Literal["pre-training", "adapters"], tuple[TrainingSettings, int]] = {
-        "pre-training": (study.pretrain, ARMS_TRAINED * len(study.seeds))
+    num_ways = len(study.ways) if study.curve else 1
+    texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
+    settings: dict[Stage, tuple[TrainingSettings, int]] = {
+        "pre-training": (study.pretrain, ARMS_TRAINED * num_ways * len(study.seeds))
     }
+    if texts:
+        runs = ARMS_TRAINED * len(texts) * len(study.seeds)
+        settings["domains"] = study.domain_settings, runs
     if study.adapters:
         settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
     faults = [
@@ -152,7 +159,9 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
         for stage, (one, runs) in settings.items()
     )
     pretraining = trainings[0]
-    num_grafts = len(study.seeds) * (len(pretraining.checkpoints) + len(study.merging))
+    num_grafts = len(study.seeds) * (
+        num_ways * len(pretraining.checkpoints) + len(study.merging) + len(texts)
+    )
     stored = _model_bytes(shape)
     models = (study.family.base, study.family.instruct)
     missing = tuple(model for model in models if fetched(model) is None)
@@ -174,7 +183,7 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
             "models to fetch": len(missing) * stored,
             "residual": shape.num_parameters * DTYPES["F32"].itemsize,
             **{f"checkpoints of {one.stage}": one.num_runs * one.bytes_left for one in trainings},
-            "grafts": num_grafts * stored,
+            "grafts": (1 if study.curve else num_grafts) * stored,  # a curve's are scored and go
             "to resume from, while training": max(one.state_bytes for one in trainings),
         },
         not_there=study.not_there + missing,
@@ -290,7 +299,7 @@ def _uneven(settings: TrainingSettings, study: Study, processes: int) -> Iterato
 
 
 def _training(
-    stage: Literal["pre-training", "adapters"],
+    stage: Stage,
     settings: TrainingSettings,
     num_runs: int,
     study: Study,

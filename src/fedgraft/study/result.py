@@ -1,10 +1,20 @@
 """What a study found: the one file `result.json`, from which the report is drawn.
 
-Key by key, as written:
+Key by key, as written by a study of either kind:
 
+    kind               `arms` (Result) or `forgetting` (Forgetting)
     format             version of this layout
     name, question     of the study
     verdict            a few sentences in plain words
+    residual           facts about it: relative norm, exactness, parameters
+    losses             training stage -> [step, nats per target]
+    costs              stage by stage: seconds, tokens, FLOPs
+    settings           the study file as it was read
+    inputs             role -> content hash
+    versions           fedgraft and the libraries
+
+A study of arms goes on:
+
     claims             what was promised, the bar, what was measured, reached or not
     decisions          the gate's answer for each seed, with its reasons
     arms               for each arm: its scorecards, one a seed (one where seeds do not matter)
@@ -12,25 +22,35 @@ Key by key, as written:
     scales             for each seed: the curve on the validation split and the scale chosen
     merging            name -> other ways to add the residual: words, scales by seed, test scores
     adapters           for each department and seed: before (graft) and after
-    residual           facts about it: relative norm, exactness, parameters
-    losses             training stage -> [step, nats per target]
-    costs              stage by stage: seconds, tokens, FLOPs
     tuning             what instruction tuning again would cost, by the paper's formula
     tokens             tokens of continued pre-training in each arm
-    settings           the study file as it was read
-    inputs             role -> content hash
-    versions           fedgraft and the libraries
+
+A study of forgetting goes on:
+
+    seeds              of the study
+    own                what the study's own text is called among the domains
+    words              arm -> what it is
+    references         base and instruct as they came: score -> value
+    points             arm, way (learning rate, replay share), tokens and seed: score -> value
+    curves             the same over the seeds: score -> mean and spread
+    domains            for each text: nats per token of the base as it came, tokens read, and
+                       arm -> score -> mean and spread; `forgotten` among them is what the arm
+                       follows less than the instruct model as it came
+    learning_rates     training stage -> [step, learning rate]
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedgraft.errors import ReportError
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.study.cost import StageCost
+
+_Kind = TypeVar("_Kind")
 
 FILE = "result.json"
 
@@ -42,6 +62,12 @@ ARM_WORDS = {
     "pretrained_base": "base, pre-trained on the new text",
     "graft": "base, pre-trained on the new text, plus the residual",
 }
+
+CURVE_ARMS = ("s1", "pretrained_base", "graft")
+OLD_FACTS, NEW_FACTS = "knowledge/asked/old", "knowledge/asked/new"
+TEXT = "perplexity/new/nats_per_token"
+"""On a curve: of the new text of all departments; of a domain, the domain's."""
+FORGOTTEN = "forgotten"
 
 
 class _Record(BaseModel):
@@ -113,13 +139,40 @@ class AdapterResult(_Record):
     followed_after: float | None
 
 
-class Result(_Record):
-    """See the head of this file."""
+class _Found(_Record):
+    """What every kind of study writes down."""
 
+    kind: str
     format: Literal[1] = 1
     name: str
     question: str
     verdict: str
+    residual: dict[str, Any]
+    losses: dict[str, tuple[tuple[int, float], ...]]
+    costs: tuple[StageCost, ...]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read the result of a study's directory.
+
+        Raises ReportError where there is none, or one that this version cannot read.
+        """
+        return _read(directory, cls.model_validate_json)
+
+    def write(self, directory: Path) -> Path:
+        file = directory / FILE
+        partial = file.with_suffix(".partial")
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return partial.rename(file)
+
+
+class Result(_Found):
+    """See the head of this file."""
+
+    kind: Literal["arms"] = "arms"
     claims: tuple[Claim, ...]
     decisions: tuple[Decision, ...]
     arms: tuple[ArmResult, ...]
@@ -127,38 +180,90 @@ class Result(_Record):
     scales: tuple[ScaleCurve, ...]
     merging: dict[str, MergingResult] = {}
     adapters: tuple[AdapterResult, ...]
-    residual: dict[str, Any]
-    losses: dict[str, tuple[tuple[int, float], ...]]
-    costs: tuple[StageCost, ...]
     tuning: dict[str, float]
     tokens: int
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    versions: dict[str, str]
 
-    @classmethod
-    def load(cls, directory: Path) -> "Result":
-        """Read the result of a study's directory.
 
-        Raises ReportError where there is none, or one that this version cannot read.
-        """
-        file = directory / FILE
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ReportError(
-                f"expected the result of a study at {file}, found nothing there; run "
-                "`fedgraft study run FILE --out DIR` first and name its DIR"
-            ) from error
-        except ValidationError as error:
-            raise ReportError(
-                f"{file}: expected a result of format 1, found {error.error_count()} faults, the "
-                f"first: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}; run the study "
-                "again with this version (finished stages are kept)"
-            ) from error
+class Way(_Record):
+    """How both sides of a curve were trained."""
 
-    def write(self, directory: Path) -> Path:
-        file = directory / FILE
-        partial = file.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return partial.rename(file)
+    learning_rate: float
+    replay: float
+    """Share of old text in what they read."""
+
+    @property
+    def words(self) -> str:
+        """`rate 0.0004, replay 30%`."""
+        replay = f"replay {self.replay:.0%}" if self.replay else "no replay"
+        return f"rate {self.learning_rate:g}, {replay}"
+
+
+class Point(_Record):
+    """One model, after so many tokens."""
+
+    arm: str
+    way: Way
+    num_tokens: int
+    seed: int
+    scores: dict[str, float]
+
+
+class CurvePoint(_Record):
+    """The models of all seeds, after so many tokens."""
+
+    arm: str
+    way: Way
+    num_tokens: int
+    scores: dict[str, Summary]
+
+
+class DomainResult(_Record):
+    """A text, read alone: how far it is from what the base knew, and what reading it did."""
+
+    domain: str
+    nats_per_token: float
+    """Of the base as it came, on held-out documents: the shift."""
+    num_tokens: int
+    arms: dict[str, dict[str, Summary]]
+
+
+class Forgetting(_Found):
+    """See the head of this file."""
+
+    kind: Literal["forgetting"] = "forgetting"
+    seeds: tuple[int, ...]
+    own: str
+    words: dict[str, str]
+    references: dict[str, dict[str, float]]
+    points: tuple[Point, ...]
+    curves: tuple[CurvePoint, ...]
+    domains: tuple[DomainResult, ...]
+    learning_rates: dict[str, tuple[tuple[int, float], ...]]
+
+
+def load_result(directory: Path) -> Result | Forgetting:
+    """Read the result of a study's directory, whatever its kind.
+
+    Raises ReportError where there is none, or one that this version cannot read.
+    """
+    either: TypeAdapter[Result | Forgetting] = TypeAdapter(
+        Annotated[Result | Forgetting, Field(discriminator="kind")]
+    )
+    return _read(directory, either.validate_json)
+
+
+def _read(directory: Path, validate: Callable[[bytes], _Kind]) -> _Kind:
+    file = directory / FILE
+    try:
+        return validate(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ReportError(
+            f"expected the result of a study at {file}, found nothing there; run "
+            "`fedgraft study run FILE --out DIR` first and name its DIR"
+        ) from error
+    except ValidationError as error:
+        raise ReportError(
+            f"{file}: expected a result of format 1, found {error.error_count()} faults, the "
+            f"first: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}; run the study "
+            "again with this version (finished stages are kept)"
+        ) from error

@@ -8,6 +8,7 @@ it goes on from its last checkpoint.
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ def run_stage(
     settings: Mapping[str, Any],
     make: Callable[[Path], Mapping[str, Any] | None],
     say: Say,
+    keep: str = "",
 ) -> Record:
     """Bring the stage to completion and return its record, with `seconds` among its figures.
 
     Args:
         make: Fills the folder; returns figures for the record.
         say: Tells the person who waits.
+        keep: Pattern of what interrupted training has left beside its state and goes on from:
+            removed unless that state is there.
     """
     settings = {**settings, "code": code_hash()}
     done = Record.read(folder)
@@ -41,7 +45,8 @@ def run_stage(
     with told_if_unwritable(folder, left="finished stages are kept"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        _clear(folder, hidden=False)
+        interrupted = any(left.name.startswith(".") for left in folder.iterdir())
+        _clear(folder, hidden=False, keep=keep if interrupted else "")
         say(title)
         started = time.monotonic()
         figures = make(folder) or {}
@@ -60,10 +65,10 @@ def run_stage(
     return record
 
 
-def _clear(folder: Path, *, hidden: bool) -> None:
+def _clear(folder: Path, *, hidden: bool, keep: str = "") -> None:
     """Remove what is hidden (the state of interrupted training), or what is not."""
     for left in folder.iterdir():
-        if left.name.startswith(".") == hidden:
+        if left.name.startswith(".") == hidden and not fnmatch(left.name, keep):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

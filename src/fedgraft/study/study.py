@@ -4,7 +4,7 @@ Paths may name a place, `pocket:base` or `data:dept/hr.jsonl`; the caller says w
 Others are relative to the study file. A model may also be a name on the hub.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
 from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
 from fedgraft.study.cost import Tuning
-from fedgraft.study.result import ARMS
+from fedgraft.study.result import ARMS, Way
 from fedgraft.study.shape import Shape
 from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
 from fedgraft.weights.merging import PLAIN, Factors, Method
@@ -76,6 +76,27 @@ class Merging(_Part):
     factors: Factors = Factors()
 
 
+class Domains(_Part):
+    """Texts of other kinds, each read alone: how far is it from what the base knows, and what does
+    reading it cost?"""
+
+    num_tokens: int = Field(gt=0)
+    """Read of each; one of the curve's budgets, where the study's own text is compared with them.
+    Without replay, at the learning rate of `pretrain`."""
+    own: str = "own text"
+    """What the study's own text is called beside them."""
+    texts: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Texts] = Field(min_length=1)
+
+
+class Curve(_Part):
+    """A study of forgetting against tokens, in place of a study of arms; a point at each of the
+    budgets of `pretrain` and at its end."""
+
+    learning_rates: tuple[float, ...] = ()
+    """That of `pretrain` and others; that one alone where empty."""
+    domains: Domains | None = None
+
+
 class EvaluationPart(_Part):
     """How arms are scored."""
 
@@ -84,7 +105,8 @@ class EvaluationPart(_Part):
     max_documents: int | None = Field(default=None, gt=0)
     """Held-out documents a department at most, the first by hash; all where None."""
     max_dialogues: int | None = Field(default=None, gt=0)
-    """Dialogues in the search for the scale at most; the reported test set is never cut."""
+    """Dialogues in the search for the scale at most, and at each point of a curve; the test set of
+    arms is never cut."""
 
 
 class Study(_Part):
@@ -103,6 +125,8 @@ class Study(_Part):
     merging: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Merging] = {}
     """By name, other ways to add the residual; each gets its own scale and its own test scores."""
     adapters: AdapterSettings | None = None
+    curve: Curve | None = None
+    """With it the study is one of forgetting against tokens, with replay and without."""
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
     gate: tuple[Rule, ...] = DEFAULT_RULES
@@ -129,7 +153,64 @@ class Study(_Part):
             raise ValueError("a comparison of ways to merge needs dialogues (validation and test)")
         if len(self.scale.grid) > 1 and self.dialogues is None:
             raise ValueError("a search for the scale needs dialogues (validation and test)")
+        if self.curve:
+            self._check_curve(self.curve)
         return self
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """How the sides of a curve are trained: at each rate, without replay and with."""
+        rates = self.curve.learning_rates if self.curve else ()
+        shares = (0.0, self.replay.share) if self.replay else (0.0,)
+        return tuple(
+            Way(learning_rate=rate, replay=share)
+            for rate in rates or (self.pretrain.learning_rate,)
+            for share in shares
+        )
+
+    @property
+    def domain_settings(self) -> PretrainSettings:
+        """How the domains of a curve are read: each step at the rate that it has in the curve,
+        whose runs go on."""
+        assert self.curve
+        assert self.curve.domains
+        num_tokens = self.curve.domains.num_tokens
+        warmup = self.pretrain.warmup * self.pretrain.num_tokens / num_tokens
+        changed = {"num_tokens": num_tokens, "budgets": (), "warmup": warmup}
+        return self.pretrain.model_copy(update=changed)
+
+    def _check_curve(self, curve: Curve) -> None:
+        pretrain, domains = self.pretrain, curve.domains
+        if idle := {"scale", "merging", "adapters", "gate", "tuning"} & self.model_fields_set:
+            raise ValueError(
+                f"a curve grafts the plain residual and tunes nothing; take {_listed(idle)} out"
+            )
+        if self.dialogues is None:
+            raise ValueError("a curve of forgetting needs dialogues (validation and test)")
+        budgets = [*pretrain.budgets, pretrain.num_tokens]
+        if not pretrain.budgets:
+            raise ValueError("pretrain.budgets: expected budgets to draw a curve through; add some")
+        if pretrain.schedule != "constant":
+            raise ValueError(
+                "pretrain.schedule: expected constant, so that no budget is read at rates that "
+                f"another one chose, found {pretrain.schedule}"
+            )
+        if curve.learning_rates and pretrain.learning_rate not in curve.learning_rates:
+            raise ValueError(
+                f"curve.learning_rates: expected that of pretrain, {pretrain.learning_rate:g}, "
+                f"among them, found {list(curve.learning_rates)}"
+            )
+        warming = pretrain.warmup * pretrain.num_tokens
+        if domains and not (domains.num_tokens in budgets and warming < domains.num_tokens):
+            raise ValueError(
+                f"curve.domains.num_tokens: expected one of the budgets {budgets}, beyond the "
+                f"warm-up of {warming:g} tokens, found {domains.num_tokens}"
+            )
+        if domains and domains.own in domains.texts:
+            raise ValueError(
+                f"curve.domains.texts: {domains.own} is what the study's own text is called; take "
+                "another name"
+            )
 
     @classmethod
     def load(cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> "Study":
@@ -206,3 +287,7 @@ class Study(_Part):
         resolved = Study.model_validate(content)
         resolved._not_there = tuple(not_there)
         return resolved
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))

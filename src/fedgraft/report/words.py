@@ -1,0 +1,139 @@
+"""What the pages of results share: names and colours of arms, scores in words, figures as told."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED
+from fedgraft.report import figures
+from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Summary
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+LABELS = {
+    "base": "base",
+    "instruct": "instruct",
+    "s1": "S1",
+    "pretrained_base": "newer base",
+    "graft": "graft",
+}
+COLOURS = {
+    "base": figures.GREY,
+    "instruct": figures.BLUE,
+    "s1": figures.VERMILION,
+    "pretrained_base": figures.PURPLE,
+    "graft": figures.GREEN,
+}
+SCORE_WORDS = {
+    FOLLOWED: "prompts followed in full",
+    "instructions/prompt_loose": "prompts followed, loosely read",
+    "instructions/instruction_strict": "single instructions followed",
+    "instructions/instruction_loose": "single instructions, loosely read",
+    "instructions/right": "right, whatever the form",
+    RIGHT_AND_FOLLOWED: "right and as instructed",
+    "knowledge/asked": "facts known, asked in chat",
+    NEW_FACTS: "new facts known, asked in chat",
+    OLD_FACTS: "old facts known, asked in chat",
+    "knowledge/recall": "facts known, as text to complete",
+    "knowledge/recall/new": "new facts known, as text to complete",
+    "knowledge/recall/old": "old facts known, as text to complete",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plot:
+    """A drawing, and what it shows in words."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """A number that the eye meets first."""
+
+    value: str
+    words: str
+    colour: str
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as `a.b` and value; of a path only its end is shown."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield name, ", ".join(_shown(one) for one in value)
+        else:
+            yield name, _shown(value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and Path(value).is_absolute():
+        return "…/" + "/".join(Path(value).parts[-2:])
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_shown(one)}" for key, one in value.items())
+    return "none" if value is None else str(value)
+
+
+def spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def score_words(name: str) -> str:
+    """A score's name in words: a known one, a known one of a group, or a department's text."""
+    if name in SCORE_WORDS:
+        return SCORE_WORDS[name]
+    kind, _, rest = name.partition("/")
+    known, _, group = name.rpartition("/")
+    match kind:
+        case "perplexity":
+            department, _, unit = rest.partition("/")
+            return f"{spaced(department)} text, {spaced(unit)}"
+        case "response":
+            return f"answers of held-out dialogues, {spaced(rest)}"
+    return f"{SCORE_WORDS.get(known, spaced(known))}: {spaced(group)}"
+
+
+def score(summary: Summary) -> str:
+    """`93.1 %` or `2.310`."""
+    return f"{summary.mean:.1%}" if summary.unit == "share" else f"{summary.mean:.3f}"
+
+
+def spread(summary: Summary) -> str:
+    """The standard deviation over seeds, in points or in the score's unit."""
+    sd = summary.stdev or 0.0
+    return f"{100 * sd:.1f}" if summary.unit == "share" else f"{sd:.3f}"
+
+
+def figure(value: Any) -> str:
+    """`2,360,000`, `0.173`."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def count(number: float) -> str:
+    """`2.4M`, `400k`, `17`."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:g}"
+
+
+def power(number: float) -> str:
+    """`2.3 × 10¹³`."""
+    mantissa, _, exponent = f"{number:.1e}".partition("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPT)}"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `2 min 05 s`, `3 h 20 min`, `12 days`."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:,.0f} days"
