@@ -104,44 +104,15 @@ def train(
     rows_per_step, micro = _batches(rows, settings)
     num_steps = steps_of(settings.num_tokens, rows, settings)
     order = _order(len(rows), num_steps * rows_per_step, settings.seed)
-    precision = training_precision() if settings.precision == "auto" else settings.precision
-    arguments = TrainingArguments(
-        output_dir=str(workdir),
-        max_steps=num_steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=rows_per_step // micro // num_processes(),
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=settings.max_gradient_norm,
-        warmup_steps=math.ceil(settings.warmup * num_steps),
-        **_schedule(settings, num_steps),
-        optim="adamw_torch_fused",
-        bf16=precision == "bfloat16",
-        use_cpu=device().type == "cpu",
-        activation_checkpointing=settings.gradient_checkpointing and not sharded,
-        fsdp=sharded,
-        fsdp_config={"activation_checkpointing": settings.gradient_checkpointing},
-        ddp_find_unused_parameters=False,
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=max(1, num_steps // NUM_LOSSES),
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=[name for name in watchers if name != "tensorboard"] or "none",
-        remove_unused_columns=False,
-        use_cache=False,
-        dataloader_pin_memory=device().type == "cuda",
-        seed=settings.seed,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several would multiply the batch (DataParallel)
+    arguments = _arguments(settings, workdir, num_steps, rows_per_step // micro, micro, sharded)
+    arguments.report_to = [name for name in watchers if name != "tensorboard"]
     started = time.monotonic()
     use_cache = model.config.use_cache
     tokens_per_step = rows.num_tokens / len(rows) * rows_per_step
-    flops = flops_per_token(model, rows.row_length)
-    limit = 0.0
+    flops, limit = flops_per_token(model, rows.row_length), 0.0
     if flops * tokens_per_step * num_steps > MEASURED_FROM:
-        limit = matrix_rate(device().type, getattr(torch, precision)) * num_processes()
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        limit = matrix_rate(device().type, dtype) * num_processes()
     if is_first():
         last_whole(workdir)
     wait_for_all()
@@ -180,6 +151,49 @@ def train(
         losses=tuple((int(e["step"]), round(float(e["loss"]), 5)) for e in history),
         learning_rates=tuple((int(e["step"]), float(e["learning_rate"])) for e in history),
     )
+
+
+def _arguments(
+    settings: TrainingSettings,
+    workdir: Path,
+    num_steps: int,
+    num_passes: int,
+    micro: int,
+    sharded: bool,
+) -> TrainingArguments:
+    """What the Trainer is told; `num_passes` forward passes make a step, in all processes."""
+    precision = training_precision() if settings.precision == "auto" else settings.precision
+    arguments = TrainingArguments(
+        output_dir=str(workdir),
+        max_steps=num_steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=num_passes // num_processes(),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=settings.max_gradient_norm,
+        warmup_steps=math.ceil(settings.warmup * num_steps),
+        **_schedule(settings, num_steps),
+        optim="adamw_torch_fused",
+        bf16=precision == "bfloat16",
+        use_cpu=device().type == "cpu",
+        activation_checkpointing=settings.gradient_checkpointing and not sharded,
+        fsdp=sharded,
+        fsdp_config={"activation_checkpointing": settings.gradient_checkpointing},
+        ddp_find_unused_parameters=False,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=max(1, num_steps // NUM_LOSSES),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cache=False,
+        dataloader_pin_memory=device().type == "cuda",
+        seed=settings.seed,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would multiply the batch (DataParallel)
+    return arguments
 
 
 def steps_of(num_tokens: int, rows: Rows, settings: TrainingSettings) -> int:
