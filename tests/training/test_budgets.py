@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from tests.training.weights import assert_same_weights, weights_of
 
 from fedgraft.errors import ArtefactError, TrainingError
 from fedgraft.models import open_model
@@ -37,18 +37,6 @@ SETTINGS = PretrainSettings(
 
 def given(**changes: Any) -> PretrainSettings:
     return PretrainSettings.model_validate({**SETTINGS.model_dump(), **changes})
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    return found
-
-
-def assert_same_weights(one: Path, two: Path) -> None:
-    first, second = weights_of(one), weights_of(two)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_a_checkpoint_on_the_way_is_what_a_run_of_so_many_tokens_gives(

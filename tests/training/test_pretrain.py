@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tests.training.weights import assert_same_weights, weights_of
 from transformers import Trainer
 
 from fedgraft.errors import ArtefactError, NonFiniteError, TrainingError
@@ -35,18 +36,6 @@ from fedgraft.weights.checkpoint import Checkpoint
 SETTINGS = TrainingSettings(
     num_tokens=8_000, learning_rate=1e-3, batch_tokens=512, checkpoint_every=4
 )
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    return found
-
-
-def assert_same_weights(one: Path, two: Path) -> None:
-    first, second = weights_of(one), weights_of(two)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def leftovers(folder: Path) -> list[str]:
