@@ -1,5 +1,6 @@
 """Laws of what a run leaves on its way, of low-rank pre-training, of what a client would send."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_a_checkpoint_of_another_run_is_not_overwritten(
     with pytest.raises(ArtefactError, match="out-2000 exists already; remove it or choose another"):
         continue_pretraining(checkpoint, rows, tmp_path / "out", given(budgets=(2_000,)))
     assert (other / "mine").read_text() == "precious"
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_not_taken_for_ones_own(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    out = continue_pretraining(checkpoint, rows, tmp_path / "out", given(budgets=(2_000,)))
+    shutil.rmtree(out)
+    other = given(budgets=(2_000,), learning_rate=2e-3)
+    with pytest.raises(ArtefactError, match="out-2000 exists already"):
+        continue_pretraining(checkpoint, rows, out, other)
+    continue_pretraining(checkpoint, rows, out, other, overwrite=True)
+    settings = Record.read(budget_path(out, 2_000)).settings  # type: ignore[union-attr]
+    assert settings["learning_rate"] == 2e-3
 
 
 @pytest.mark.parametrize("budgets", [(6_000,), (7_000,), (2_000, 2_100)])
