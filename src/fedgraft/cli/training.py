@@ -21,7 +21,15 @@ NUM_PASSES = 3
 """How often an adapter reads its text where no budget is given."""
 
 LearningRate = Annotated[float, typer.Option("--learning-rate", help="The highest, after warm-up.")]
-RowLength = Annotated[int, typer.Option("--row-length", help="Tokens per packed row.")]
+ROW_LENGTH = 4096
+RowLength = Annotated[
+    int | None,
+    typer.Option(
+        "--row-length",
+        help="Tokens per packed row.",
+        show_default="4096, or as many as the model has positions",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same weights.")]
 
 
@@ -80,7 +88,7 @@ def pretrain(
         int | None,
         typer.Option("--lora-rank", help="Train low-rank factors and merge them.", min=1),
     ] = None,
-    row_length: RowLength = 1024,
+    row_length: RowLength = None,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", help="Row space of a step, in tokens.", min=1)
     ] = 4096,
@@ -170,7 +178,7 @@ def adapt(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the adapter.")] = 8,
     learning_rate: LearningRate = 2e-4,
-    row_length: RowLength = 1024,
+    row_length: RowLength = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -195,7 +203,12 @@ def adapt(
 
 @contextmanager
 def _packed(
-    model: str, paths: list[Path], out: Path, row_length: int, seed: int, role: str = "text"
+    model: str,
+    paths: list[Path],
+    out: Path,
+    row_length: int | None,
+    seed: int,
+    role: str = "text",
 ) -> Iterator["Rows"]:
     """The text below some paths as rows for a model, kept on disk beside `out` until it is done.
 
@@ -209,14 +222,15 @@ def _packed(
 
     folder = out.absolute().with_name(f".{out.name}.{role}")
     text = _Text([_training_part(path) for path in paths])
+    num_positions = read_config(resolve(model)).get("max_position_embeddings")
     with first_goes_first():
         rows, line = packed(
             open_tokenizer(resolve(model)),
             text,
             folder,
-            row_length,
+            row_length or min(ROW_LENGTH, num_positions or ROW_LENGTH),
             seed=seed,
-            num_positions=read_config(resolve(model)).get("max_position_embeddings"),
+            num_positions=num_positions,
         )
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in text.tally.dropped.items() if n)
     say(role, f"{text.tally.num_kept:,} documents{f'; dropped: {dropped}' if dropped else ''}")
