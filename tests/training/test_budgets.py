@@ -255,7 +255,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_weight(
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        model.model.layers[0].mlp.register_forward_hook(count)
+        model.model.layers[0].self_attn.register_forward_hook(count)
         train(model, rows, given(gradient_checkpointing=again), tmp_path / str(again), label="test")
         models.append(model)
     assert calls[1] == 2 * calls[0]
