@@ -342,11 +342,16 @@ def _of_distance(domains: Sequence[DomainResult]) -> str:
 
 
 def _change(lost: float) -> str:
-    return f"loses {100 * lost:.0f} points" if lost >= 0 else f"gains {-100 * lost:.0f} points"
+    return f"loses {_in_points(lost)}" if lost >= 0 else f"gains {_in_points(-lost)}"
 
 
 def _points(lost: Summary) -> str:
-    return f"{100 * lost.mean:.0f} points"
+    return _in_points(lost.mean)
+
+
+def _in_points(share: float) -> str:
+    number = f"{100 * share:.0f}"
+    return f"{number} point" if number == "1" else f"{number} points"
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
