@@ -220,12 +220,32 @@ def test_no_alpha_divides_by_zero(alpha: float, seed: int) -> None:
     assert sum(len(places) for places in clients.values()) == 60
 
 
-@given(num_clients=st.integers(1, 6), minimum=st.integers(1, 5), seed=st.integers(0, 20))
-def test_dirichlet_is_drawn_again_until_each_has_its_minimum(
-    num_clients: int, minimum: int, seed: int
-) -> None:
-    clients = dirichlet(BALANCED[:200], num_clients, alpha=1, minimum=minimum, seed=seed)
-    assert min(len(places) for places in clients.values()) >= minimum
+def test_dirichlet_is_drawn_again_until_each_has_its_minimum() -> None:
+    def smallest(minimum: int, seed: int) -> int:
+        clients = dirichlet(BALANCED[:200], 4, alpha=0.3, minimum=minimum, seed=seed)
+        return min(len(places) for places in clients.values())
+
+    assert min(smallest(0, seed) for seed in range(20)) < 15
+    assert min(smallest(15, seed) for seed in range(20)) >= 15
+
+
+class Unlucky:
+    """Chance whose ten shares add up to 0.9999999999999999, and that rounds all of them down."""
+
+    def permutation(self, what: int | Indices) -> Indices:
+        return np.arange(what) if isinstance(what, int) else what
+
+    def dirichlet(self, _: object) -> list[float]:
+        return [0.1] * 10
+
+    def random(self) -> float:
+        return 0.0
+
+
+def test_an_example_is_not_lost_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Unlucky())
+    clients = dirichlet(["hr"] * 40, 10, alpha=1)
+    assert sorted(np.concatenate(list(clients.values()))) == list(range(40))
 
 
 def test_ids_sort_as_text_as_they_do_as_numbers() -> None:
