@@ -133,6 +133,18 @@ def test_anything_else_is_refused_by_key_and_type_nested_or_not(
         allow(kind, payload, tensors=TENSORS)
 
 
+DTYPES = "uint8 int8 int16 int32 uint64 bool float64 complex64 longdouble >f4 >f2 U4 S4 O M8[s]"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.split())
+def test_an_array_of_another_dtype_is_refused_whatever_its_key(dtype: str) -> None:
+    for kind, payload in answers().items():
+        for key, value in payload.items():
+            if isinstance(value, np.ndarray):
+                with pytest.raises(FederationError, match=rf"{kind}: expected .* for '{key}'"):
+                    allow(kind, payload | {key: value.astype(dtype)}, tensors=TENSORS)
+
+
 @given(
     kind=st.sampled_from(KINDS),
     key=st.text(),

@@ -229,15 +229,17 @@ def dirichlet(
 ) -> dict[str, Indices]:
     """Share out the examples of each label among the clients by a draw from Dirichlet(alpha).
 
-    A client that has n / c examples gets no more of the labels that follow. This is the rule of
-    FedML's and FederatedScope's released code, which many papers ran; Hsu et al. (arXiv 1909.06335)
-    draw for each client a mixture of labels instead, and make all clients equally large. All is
-    drawn again while a client has less than its minimum. We differ from that code in four things:
-    labels follow one another in an order that is drawn too (there the last labels are always those
-    that find the clients full); the share of a full client is not drawn at all rather than drawn
-    and set to zero, which is the same distribution but never divides zero by zero; a share is
-    rounded up or down at random, so that the last client gains nothing; and we give up after
-    MAX_DRAWS, where a loop without end hides that no draw can succeed.
+    A client that has n / c examples gets no more of the labels that follow, and all is drawn again
+    while a client has less than its minimum. This is the rule of FedML's released code, which many
+    papers copied (some without its bound of n / c). Hsu et al. (arXiv 1909.06335), whom it names,
+    draw for each client a mixture of labels instead, and make all clients equally large.
+
+    We differ from that code in four things. Labels follow one another in an order that is drawn
+    too: there the last ones are always those that find the clients full. The share of a full client
+    is not drawn at all, where there it is drawn and set to zero: the same distribution, but never
+    zero divided by zero. A share is rounded up or down at random, so that the last client gains
+    nothing by it. And we give up after MAX_DRAWS, where a loop without end hides that no draw can
+    succeed.
 
     Raises FederationError for fewer than `minimum` examples for each client, and where no draw gave
     every client its minimum: a small alpha gives few labels to few clients.
