@@ -205,6 +205,38 @@ def test_shares_of_one_label_are_those_of_a_dirichlet() -> None:
     assert shares.var(axis=0).mean() == pytest.approx(expected, rel=0.15)
 
 
+def released(labels: list[str], num_clients: int, alpha: float, seed: int) -> list[list[int]]:
+    """The rule as it is usually written: all shares drawn, those of full clients set to zero."""
+    chance = np.random.default_rng(seed)
+    clients: list[list[int]] = [[] for _ in range(num_clients)]
+    for label in chance.permutation(sorted(set(labels))):
+        places = chance.permutation([n for n, one in enumerate(labels) if one == label])
+        shares = chance.dirichlet([alpha] * num_clients)
+        shares *= [len(client) < len(labels) / num_clients for client in clients]
+        ends = (np.cumsum(shares / shares.sum()) * len(places)).astype(int)[:-1]
+        for client, part in zip(clients, np.split(places, ends), strict=True):
+            client += part.tolist()
+    return clients
+
+
+@pytest.mark.parametrize("alpha", [0.5, 5.0])
+def test_shares_are_drawn_as_in_released_code(alpha: float) -> None:
+    """Mean skew, and mean sizes from the smallest client to the largest, agree over 150 draws."""
+    labels = [f"{n % 7}" for n in range(350)]
+    figures: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    for seed in range(150):
+        theirs = {
+            f"{c}": np.array(places, np.int64)
+            for c, places in enumerate(released(labels, 5, alpha, seed))
+        }
+        ours = dirichlet(labels, 5, alpha=alpha, seed=seed, minimum=0)
+        for name, clients in (("ours", ours), ("theirs", theirs)):
+            summary = summarise(clients, labels)
+            figures[name].append([350 * summary.skew, *sorted(summary.sizes)])
+    ours_mean, theirs_mean = (np.mean(figures[name], axis=0) for name in ("ours", "theirs"))
+    assert ours_mean == pytest.approx(theirs_mean, rel=0.06)
+
+
 def test_a_client_that_is_full_gets_no_more_labels() -> None:
     labels = [f"label {n}" for n in range(40) for _ in range(10)]
     for seed in range(5):

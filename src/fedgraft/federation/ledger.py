@@ -20,7 +20,8 @@ for it: token ids or code points as integers or as floats, or the bytes of Latin
 float16, float32 or int64. That rests on bounds which answers keep and text does not: `counts` add
 up to `num_examples` at most; no float is above LARGEST in magnitude; and in no array are at least
 half of the numbers that are not zero whole, with more than MAX_WHOLE different ones among them. So
-16 token ids may pass, and so may the 8 bytes of each figure and count.
+16 token ids may pass in an array, as many as add up to `num_examples` may pass as counts, and the
+8 bytes of each figure may be those of a word.
 
 What is not. Numbers can mean anything: a client whose code is hostile can scale its text, hide it
 in the last bits of an adapter or in the counts that it claims, and no check of numbers can tell.

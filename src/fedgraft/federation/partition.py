@@ -231,8 +231,8 @@ def dirichlet(
 
     A client that has n / c examples gets no more of the labels that follow, and all is drawn again
     while a client has less than its minimum. This is the rule of FedML's released code, which many
-    papers copied (some without its bound of n / c). Hsu et al. (arXiv 1909.06335), whom it names,
-    draw for each client a mixture of labels instead, and make all clients equally large.
+    papers copied, FedHDS among them (with a minimum of 10). Hsu et al. (arXiv 1909.06335), whom it
+    names, draw for each client a mixture of labels instead, and make all clients equally large.
 
     We differ from that code in four things. Labels follow one another in an order that is drawn
     too: there the last ones are always those that find the clients full. The share of a full client
