@@ -10,6 +10,7 @@
     ├── DialogueError             a dialogue without an answer, or a tokenizer without a template
     ├── TrainingError             a run that cannot start, or that diverged
     ├── EvaluationError           questions that cannot be asked or scored
+    ├── FederationError           an update that is not to be trusted, or does not go with others
     ├── StudyError                a study file with unknown, missing or contradictory settings
     └── ReportError               a result that is missing or was written by another version
 
@@ -55,6 +56,10 @@ class TrainingError(FedgraftError):
 
 class EvaluationError(FedgraftError):
     """Questions cannot be asked of a model, or its answers cannot be scored."""
+
+
+class FederationError(FedgraftError):
+    """A client's update cannot be trusted, or several cannot be aggregated as was asked."""
 
 
 class StudyError(FedgraftError):
