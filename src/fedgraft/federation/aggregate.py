@@ -15,8 +15,10 @@ FedEx-LoRA 2410.09432. Letters: c clients, r the rank, s = alpha / r, p a client
 examples. A layer is [out, in], A [r, in], B [out, r].
 
 A rule asks each update for one tensor at a time and gives one layer at a time, so that updates may
-lie on disk. Updates are taken in the order of their clients. Sums are in float64 and rounded once;
-the mean is divided last, so that equal updates average to themselves to the bit.
+lie on disk: `tensors` may be any mapping that reads when it is indexed. Means hold one client's
+tensor, however many clients there are. Updates are taken in the order of their clients. Sums are in
+float64 and rounded once; the mean is divided last, so that equal updates average to themselves to
+the bit.
 
 How this differs from released code and from the papers:
 
@@ -149,7 +151,7 @@ def _averaged(module: str, updates: Sequence[Update], size: Size) -> Layer:
 def _with_frozen_a(module: str, updates: Sequence[Update], size: Size) -> Layer:
     name = named(module, "A")
     tensors = {named(module, "B"): _mean(updates, module, "B", size.scale)}
-    if name in updates[0].tensors:
+    if name in set(updates[0].tensors):
         frozen = updates[0].tensors[name]
         for update in updates[1:]:
             if not np.array_equal(update.tensors[name], frozen):
@@ -166,13 +168,18 @@ def _mean(
     updates: Sequence[Update], module: str, factor: Factor, scale: float | None = None
 ) -> Floats:
     """The mean of a factor, weighted by examples, at a scale of B where that is given."""
+    return _wide_mean(updates, module, factor, scale).astype(np.float32)
+
+
+def _wide_mean(
+    updates: Sequence[Update], module: str, factor: Factor, scale: float | None = None
+) -> Wide:
     name = named(module, factor)
-    total = np.zeros(updates[0].tensors[name].shape)
+    total = np.zeros(())
     for update in updates:
         weight = update.num_examples * (update.size.scale / scale if scale else 1.0)
-        total += weight * update.tensors[name].astype(np.float64)
-    total /= _num_examples(updates)
-    return total.astype(np.float32)
+        total = total + weight * update.tensors[name].astype(np.float64)
+    return total / _num_examples(updates)
 
 
 def _ideal_terms(module: str, updates: Sequence[Update]) -> Iterator[tuple[Wide, Wide]]:
@@ -190,10 +197,7 @@ def _missed_terms(module: str, updates: Sequence[Update]) -> Iterator[tuple[Wide
     mean A) for any X that is the same for all: here that of the last client.
     """
     num_examples = _num_examples(updates)
-    mean_a = np.zeros(updates[0].tensors[named(module, "A")].shape)
-    for update in updates:
-        mean_a += update.num_examples * update.tensors[named(module, "A")].astype(np.float64)
-    mean_a /= num_examples
+    mean_a = _wide_mean(updates, module, "A")
     _, last = _factors(module, updates[-1])
     last *= updates[-1].size.scale
     if len(updates) == 1:
@@ -279,9 +283,9 @@ def _check_together(updates: Sequence[Update], rule: Rule) -> None:
     """Refuse what a rule cannot put together, and say which rule can."""
     for factor in NEEDED.get(rule, ("A", "B")):
         _check_factors(updates, factor, f"{rule} needs it from every client")
-    names = updates[0].tensors.keys()
+    names = set(updates[0].tensors)
     for update in updates:
-        if other := sorted(update.tensors.keys() ^ names):
+        if other := sorted(names ^ set(update.tensors)):
             raise FederationError(
                 f"client {update.client!r}: expected the tensors of {updates[0].client!r}, found "
                 f"{other[0]!r} in one of them alone; check updates against one template"
@@ -296,8 +300,9 @@ def _check_together(updates: Sequence[Update], rule: Rule) -> None:
 
 def _check_factors(updates: Sequence[Update], factor: Factor, remedy: str) -> None:
     for update in updates:
-        for module in modules(update.tensors):
-            if (name := named(module, factor)) not in update.tensors:
+        names = set(update.tensors)
+        for module in modules(names):
+            if (name := named(module, factor)) not in names:
                 raise FederationError(
                     f"client {update.client!r}: expected {name!r}, found none; {remedy}"
                 )

@@ -194,7 +194,7 @@ def _squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
 def _of_one_size(updates: Iterable[Update]) -> list[Update]:
     found = ordered(updates)
     for update in found[1:]:
-        if (update.size, update.tensors.keys()) != (found[0].size, found[0].tensors.keys()):
+        if (update.size, set(update.tensors)) != (found[0].size, set(found[0].tensors)):
             raise FederationError(
                 f"client {update.client!r}: expected the tensors of {found[0].client!r}, an "
                 f"adapter of {found[0].size}, found {update.size}; numbers of other adapters "

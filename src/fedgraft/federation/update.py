@@ -198,15 +198,16 @@ def _check_size(update: Update, template: Template) -> None:
 
 def _check_tensors(update: Update, template: Template) -> None:
     shapes, found = template.shapes(update.rank), update.tensors
+    names = set(found)
     for name in shapes:
-        if name not in found:
+        if name not in names:
             raise _refused(
                 update,
                 f"the tensor {name!r}",
-                f"none of that name among {len(found)}",
+                f"none of that name among {len(names)}",
                 "train an adapter on the layers that the federation names",
             )
-    for name in found:
+    for name in found:  # in their order: names may be of any type
         if name not in shapes:
             raise _refused(
                 update,
