@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -152,6 +153,28 @@ def test_krum_scores_as_its_paper_does() -> None:
         best = sorted(sorted(range(9), key=lambda i: scores[i])[:num_kept])
         kept = krum(updates, num_hostile, num_kept)
         assert [update.client for update in kept] == [updates[i].client for i in best]
+
+
+def test_flower_trims_and_chooses_the_same_where_it_is_installed() -> None:
+    flower = pytest.importorskip("flwr.serverapp.strategy")
+    updates = honest(9, spread=1.0)
+    trimmed = flower.fedtrimmedavg.trim_mean(vectors(updates), 2 / 9)
+    found = vector(adapter(trimmed_mean(updates, 2), SIZE))
+    np.testing.assert_allclose(found, trimmed, rtol=1e-6, atol=1e-7)
+    app = import_module("flwr.app")
+    answers = [
+        app.RecordDict(
+            {
+                "arrays": app.ArrayRecord({k: app.Array(v) for k, v in update.tensors.items()}),
+                "client": app.ConfigRecord({"name": update.client}),
+            }
+        )
+        for update in updates
+    ]
+    for num_kept in (1, 4):
+        kept = flower.multikrum.select_multikrum(answers, 2, num_kept)
+        names = sorted(answer["client"]["name"] for answer in kept)
+        assert [update.client for update in krum(updates, 2, num_kept)] == names
 
 
 def test_what_is_short_enough_is_not_touched_and_lines_are_kept() -> None:

@@ -220,19 +220,23 @@ def _summed(terms: Iterable[tuple[Wide, Wide]]) -> tuple[Wide, Wide]:
     whole: Wide | None = None
     rank = 0
     for left, right in terms:
-        if whole is not None:
-            whole += left @ right
-            continue
         lefts.append(left)
         rights.append(right)
         rank += len(right)
         if rank > min(len(left), right.shape[1]):
-            whole = np.hstack(lefts) @ np.vstack(rights)
-            lefts, rights = [], []
+            whole = _added(whole, lefts, rights)
+            lefts, rights, rank = [], [], 0
     if whole is None:
         return np.hstack(lefts), np.vstack(rights)
+    if lefts:
+        whole = _added(whole, lefts, rights)
     num_out, num_in = whole.shape
     return (whole, np.eye(num_in)) if num_in <= num_out else (np.eye(num_out), whole)
+
+
+def _added(whole: Wide | None, lefts: Sequence[Wide], rights: Sequence[Wide]) -> Wide:
+    product: Wide = np.hstack(lefts) @ np.vstack(rights)
+    return product if whole is None else np.add(whole, product, out=product)
 
 
 def _decomposed(module: str, updates: Sequence[Update], sizes: Sequence[Size]) -> Layer:
