@@ -17,8 +17,7 @@ examples. A layer is [out, in], A [r, in], B [out, r].
 A rule asks each update for one tensor at a time and gives one layer at a time, so that updates may
 lie on disk: `tensors` may be any mapping that reads when it is indexed. Means hold one client's
 tensor, however many clients there are. Updates are taken in the order of their clients. Sums are in
-float64 and rounded once; the mean is divided last, so that equal updates average to themselves to
-the bit.
+float64 and rounded once, so that equal updates average to themselves to the bit.
 
 How this differs from released code and from the papers:
 

@@ -245,7 +245,7 @@ def _check_tensors(update: Update, template: Template) -> None:
             raise _refused(
                 update,
                 f"a norm of at most {template.max_norm:g} in {name!r}",
-                f"{norm:.3g}",
+                f"{norm:.6g}",
                 "lower the client's learning rate, or raise max_norm if all clients are near it",
             )
 
