@@ -456,6 +456,16 @@ def test_alphas_that_differ_need_a_size_of_the_result(rule: Rule) -> None:
             aggregate(updates, rule, sizes)
 
 
+def test_sizes_that_a_rule_cannot_give_are_refused() -> None:
+    message = "at least one size for the result of flexlora, found none; name one, such as rank 4"
+    with pytest.raises(FederationError, match=message):
+        aggregate(clients("flexlora"), "flexlora", [])
+    for sizes, found in (([Size(4, 8.0), Size(2, 8.0)], "rank 2 with alpha 8 and"), ([], "none")):
+        message = f"sizes of rank 4 for the result of fedsa, found {found}"
+        with pytest.raises(FederationError, match=message):
+            aggregate(clients("fedsa"), "fedsa", sizes)
+
+
 def test_an_a_that_is_not_frozen_is_refused() -> None:
     updates = clients("ffa")
     moved = dict(updates[1].tensors)

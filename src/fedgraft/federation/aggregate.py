@@ -17,7 +17,9 @@ examples. A layer is [out, in], A [r, in], B [out, r].
 A rule asks each update for one tensor at a time and gives one layer at a time, so that updates may
 lie on disk: `tensors` may be any mapping that reads when it is indexed. Means hold one client's
 tensor, however many clients there are. Updates are taken in the order of their clients. Sums are in
-float64 and rounded once, so that equal updates average to themselves to the bit.
+float64 and rounded once, so that equal updates average to themselves to the bit. What BLAS and
+LAPACK compute (the last three rules) is the same to the bit on one machine with one number of
+threads, elsewhere to rounding.
 
 How this differs from released code and from the papers:
 
@@ -80,8 +82,9 @@ def aggregate(
     """Yield the layers that a rule makes of checked updates, in the order of their names.
 
     Args:
-        sizes: Of the adapters that result: any number for `flexlora`, one for `fedavg`, `ffa` and
-            `fedex`. Those of the updates where None.
+        sizes: Of the adapters that result. For `flexlora` any number and ranks, for `fedsa` any
+            number of the updates' rank, for `fedavg`, `ffa` and `fedex` one of the updates' rank;
+            not looked at for `flora`. Those of the updates where None.
 
     Raises FederationError, before the first layer, for updates that do not go together in this rule
     and names one that they would go together in; with the layer, where the A of FFA-LoRA differ or
@@ -90,8 +93,7 @@ def aggregate(
     found = ordered(updates)
     _check_together(found, rule)
     wanted = sorted({update.size for update in found} if sizes is None else set(sizes))
-    if rule in ("fedavg", "ffa", "fedex"):
-        _check_one_size(found, rule, wanted)
+    _check_sizes(found, rule, wanted)
     return (_layer(module, found, rule, wanted) for module in modules(found[0].tensors))
 
 
@@ -311,11 +313,21 @@ def _check_factors(updates: Sequence[Update], factor: Factor, remedy: str) -> No
                 )
 
 
-def _check_one_size(updates: Sequence[Update], rule: Rule, sizes: Sequence[Size]) -> None:
+def _check_sizes(updates: Sequence[Update], rule: Rule, sizes: Sequence[Size]) -> None:
     rank = updates[0].rank
-    if len(sizes) != 1 or sizes[0].rank != rank:
+    ranks = {size.rank for size in sizes}
+    match rule:
+        case "flora":
+            return
+        case "flexlora":
+            wanted, fits = "at least one size", bool(sizes)
+        case "fedsa":
+            wanted, fits = f"sizes of rank {rank}", ranks == {rank}
+        case _:
+            wanted, fits = f"one size of rank {rank}", ranks == {rank} and len(sizes) == 1
+    if not fits:
         raise FederationError(
-            f"expected one size of rank {rank} for the result of {rule}, found {_listed(sizes)}; "
+            f"expected {wanted} for the result of {rule}, found {_listed(sizes)}; "
             f"name one, such as {Size(rank, updates[0].alpha)}"
         )
 

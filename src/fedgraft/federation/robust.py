@@ -13,10 +13,10 @@ Numbers of A and B are compared as they stand, as Flower 1.41 compares them: cli
 from one adapter, so that the same number means the same. Clients that keep a B of their own
 (FedSA-LoRA) are compared by what they send, A.
 
-How this differs from Flower: a number of clients is said, not a share that is rounded down; what
-cannot hold the promised number of hostile clients is refused, where Flower goes on (Krum with fewer
-than 2 k + 3 clients, a mean of what one trimmed number leaves); a client's distance to itself is
-left out as such, not as whichever of the distances sorts first.
+How this differs from Flower: a number of clients is said, not a share that is rounded down; Krum is
+refused for fewer than 2 k + 3 clients, where Flower's goes on without its guarantee; a client's
+distance to itself is left out as such, not as whichever sorts first; median and trimmed mean take
+one tensor of all clients at a time.
 """
 
 import math
