@@ -243,8 +243,9 @@ def _added(whole: Wide | None, lefts: Sequence[Wide], rights: Sequence[Wide]) ->
 def _decomposed(module: str, updates: Sequence[Update], sizes: Sequence[Size]) -> Layer:
     """The best approximations of the ideal, of each rank (Eckart and Young 1936).
 
-    With left = Q_l R_l and right' = Q_r R_r, the singular values of left @ right are those of
-    R_l R_r', which is no larger than the stacked ranks on either side.
+    With left = Q_l R_l and right' = Q_r R_r, left @ right has the singular values of R_l R_r',
+    which is no larger than the stacked ranks on either side, and right vectors v = Q_r v'. Times
+    left @ right they are the left ones at their length, so that Q_l is never formed.
     """
     left, right = _summed(_ideal_terms(module, updates))
     num_out, num_in = len(left), right.shape[1]
@@ -257,18 +258,18 @@ def _decomposed(module: str, updates: Sequence[Update], sizes: Sequence[Size]) -
     if (missing := rank - len(right)) > 0:  # directions for A that the ideal does not use
         left = np.hstack([left, np.zeros((num_out, missing))])
         right = np.vstack([right, np.eye(missing, num_in)])
-    basis_l, core_l = np.linalg.qr(left)
-    basis_r, core_r = np.linalg.qr(right.T)
-    u, values, v = np.linalg.svd(core_l @ core_r.T, full_matrices=False)
-    u, values, v = basis_l @ u[:, :rank], values[:rank], v[:rank] @ basis_r.T
+    core = np.linalg.qr(left, mode="r")
+    basis, core_r = np.linalg.qr(right.T)
+    _, values, v = np.linalg.svd(core @ core_r.T, full_matrices=False)
+    values, v = values[:rank], v[:rank] @ basis.T
     largest = np.abs(v).argmax(axis=1)
-    signs = np.where(v[np.arange(rank), largest] < 0, -1.0, 1.0)  # the same whatever LAPACK chose
-    u, v = u * signs, v * signs[:, None]
+    v *= np.sign(v[np.arange(rank), largest])[:, None]  # the same whatever LAPACK chose
+    u = left @ (right @ v.T)
     used = values > values[0] * np.finfo(np.float64).eps * max(num_out, num_in)
     adapters = {}
     for size in sizes:
-        shared = np.sqrt(np.where(used, values, 0.0) / size.scale)
-        b, a = u * shared, v * np.where(used, shared, 1.0)[:, None]
+        root = np.sqrt(np.where(used, values, 1.0) * size.scale)
+        b, a = u * used / root, v * np.where(used, root / size.scale, 1.0)[:, None]
         adapters[size] = {
             named(module, "A"): a[: size.rank].astype(np.float32),
             named(module, "B"): b[:, : size.rank].astype(np.float32),
