@@ -56,7 +56,7 @@ def flat(tensors: dict[str, Floats]) -> list[float]:
 
 @given(
     st.lists(st.tuples(FLOATS, FLOATS), min_size=1, max_size=6),
-    st.sampled_from([Optimiser(), Optimiser(name="fedavgm", momentum=0.0, rate=1.0)]),
+    st.sampled_from([Optimiser(), Optimiser(name="fedavgm", momentum=0.0)]),
 )
 def test_fedavgm_without_momentum_at_rate_one_is_fedavg_to_the_bit(
     pairs: list[tuple[float, float]], optimiser: Optimiser
@@ -120,6 +120,7 @@ def by_flower(optimiser: Optimiser) -> list[float]:
 def by_hand(optimiser: Optimiser) -> list[float]:
     """The equations at the head of optimiser.py, a number at a time."""
     results = []
+    assert optimiser.rate
     for i, x in enumerate(flat(START)):
         m = v = 0.0
         for t, mean in enumerate(MEANS, 1):
@@ -208,6 +209,16 @@ def test_another_adapter_than_the_states_is_refused() -> None:
 def test_what_is_no_state_is_refused(tensors: dict[str, NDArray[Any]], message: str) -> None:
     with pytest.raises(FederationError, match=message):
         State.of(tensors)
+
+
+def test_a_rate_is_given_where_it_means_something() -> None:
+    message = "no rate for fedavg, which takes the clients' mean, found 0.5; leave it out, or take"
+    with pytest.raises(FederationError, match=message):
+        Optimiser(rate=0.5)
+    for name in ("fedadagrad", "fedyogi", "fedadam"):
+        with pytest.raises(FederationError, match=f"expected a rate for {name}, found none; each"):
+            Optimiser(name=name)
+    assert Optimiser(name="fedavgm", momentum=0).rate is None  # the mean, as a step of 1 is
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ START = tensors_of(1000)
 Attack = Callable[[Floats], Floats]
 ATTACKS: dict[str, Attack] = {
     "scaled": lambda tensor: tensor * np.float32(1e3),
+    "a million": lambda tensor: tensor * np.float32(1e6),
     "sign-flipped": lambda tensor: -tensor,
     "both": lambda tensor: tensor * np.float32(-1e3),
 }

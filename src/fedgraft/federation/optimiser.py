@@ -39,21 +39,38 @@ STEP = "step"
 
 
 class Optimiser(BaseModel):
-    """How the server steps; the defaults are Flower's."""
+    """How the server steps.
+
+    Raises FederationError for a rate where none has a meaning, and for none where one is needed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name = "fedavg"
-    rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Flower's default is 1.0 for FedAvgM and 0.1 for the adaptive three."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of FedAvgM; 0.9 is usual."""
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The server's learning rate. 1 for FedAvgM where None. The last three move each number by
+    about the rate in a round, whatever the size of the clients' change."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of FedAvgM; Flower's default is 0."""
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     """Of FedYogi and FedAdam."""
     beta_2: float = Field(default=0.99, ge=0, lt=1)
     """Of FedYogi and FedAdam."""
     tau: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Adaptivity of the last three: the smaller, the more alike are all steps."""
+    """Of the last three: numbers that change by less than this a round move by less than the
+    rate."""
+
+    def model_post_init(self, _: object) -> None:
+        if self.name == "fedavg" and self.rate is not None:
+            raise FederationError(
+                f"expected no rate for fedavg, which takes the clients' mean, found {self.rate:g}; "
+                "leave it out, or take fedavgm with momentum 0"
+            )
+        if self.name in ("fedadagrad", "fedyogi", "fedadam") and self.rate is None:
+            raise FederationError(
+                f"expected a rate for {self.name}, found none; each number moves by about the rate "
+                "in a round, so begin with the clients' learning rate times their steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +129,9 @@ def stepped(
     for remembered in (state.momentum, state.squares):
         if remembered:
             _check_alike(current, remembered, "the optimiser's state")
+    rate = optimiser.rate or 1.0
+    if optimiser.name == "fedadam":
+        rate *= _correction(optimiser, state.step + 2)
     following: dict[str, Floats] = {}
     momentum: dict[str, Floats] = {}
     squares: dict[str, Floats] = {}
@@ -123,27 +143,25 @@ def stepped(
             case "fedavg":
                 x = target
             case "fedavgm":  # x + rate (d + momentum m), with x + d as it came
-                x = target + (optimiser.rate - 1) * d + optimiser.rate * optimiser.momentum * m
+                x = target + (rate - 1) * d + rate * optimiser.momentum * m
                 momentum[name] = _narrowed(optimiser.momentum * m + d)
             case "fedadagrad":
                 v = v + d * d
-                x = x + optimiser.rate * d / (np.sqrt(v) + optimiser.tau)
+                x = x + rate * d / (np.sqrt(v) + optimiser.tau)
                 squares[name] = _narrowed(v)
             case "fedyogi" | "fedadam":
                 m = optimiser.beta_1 * m + (1 - optimiser.beta_1) * d
-                rate = optimiser.rate
                 if optimiser.name == "fedyogi":
                     v = v - (1 - optimiser.beta_2) * d * d * np.sign(v - d * d)
                 else:
                     v = optimiser.beta_2 * v + (1 - optimiser.beta_2) * d * d
-                    rate *= _corrected(optimiser, state.step + 2)
                 x = x + rate * m / (np.sqrt(v) + optimiser.tau)
                 momentum[name], squares[name] = _narrowed(m), _narrowed(v)
         following[name] = _narrowed(x)
     return following, State(step=state.step + 1, momentum=momentum, squares=squares)
 
 
-def _corrected(optimiser: Optimiser, power: int) -> float:
+def _correction(optimiser: Optimiser, power: int) -> float:
     return math.sqrt(1 - optimiser.beta_2**power) / (1 - optimiser.beta_1**power)
 
 
