@@ -54,6 +54,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rank": 5}, "expected an adapter of rank 4 with alpha 8, found rank 5 with alpha 8.0; set"),
     ({"rank": "4"}, "found rank '4'"),
     ({"alpha": 8e9}, "found rank 4 with alpha 8000000000.0"),
+    ({"tensors": [1, 2]}, "expected tensors by name, found list; send a state dict"),
     ({"alpha": math.nan}, "with alpha nan"),
     *(
         ({"num_examples": n}, f"a whole number of examples from 1 to 1000000, found {n!r}; have")
@@ -185,3 +186,9 @@ def test_an_impossible_size_is_refused(rank: int, alpha: float) -> None:
 def test_a_template_that_asks_for_nothing_is_refused() -> None:
     with pytest.raises(FederationError, match="found 0 layers, 1 sizes and 2 factors; an adapter"):
         Template(base=BASE, round=0, layers={}, sizes=[Size(4, 8)], max_norm=1.0)
+
+
+@pytest.mark.parametrize("bounds", [{"max_norm": math.nan}, {"max_norm": 0}, {"max_examples": 0}])
+def test_bounds_that_bound_nothing_are_refused(bounds: dict[str, Any]) -> None:
+    with pytest.raises(FederationError, match="expected bounds above zero, found a max_norm of"):
+        dataclasses.replace(template(), **bounds)

@@ -2,12 +2,11 @@
 
     trimmed_mean   of each number, the mean without the k largest and k smallest   arXiv 1803.01498
     median         of each number                                                  arXiv 1803.01498
-    krum           the clients that lie nearest to their neighbours; then any rule    Blanchard 2017
+    krum           the clients that lie nearest to their neighbours; then any rule arXiv 1703.02757
     clipped        every client, its change cut to a length; then any rule         arXiv 1911.07963
 
-Blanchard et al., "Machine learning with adversaries", is arXiv 1703.02757. The first three count
-every client once: a weight is what a hostile client says of itself. The rules that follow `krum`
-and `clipped` do use weights, which `check` bounds.
+The first three count every client once: a weight is what a hostile client says of itself. The rules
+that follow `krum` and `clipped` do use weights, which `check` bounds.
 
 Numbers of A and B are compared as they stand, as Flower 1.41 compares them: clients start a round
 from one adapter, so that the same number means the same. Clients that keep a B of their own

@@ -27,7 +27,7 @@ Factor = Literal["A", "B"]
 BOTH: tuple[Factor, ...] = ("A", "B")
 Tensors = Mapping[str, Floats]
 MOST_EXAMPLES = 1_000_000
-"""More than a department's adapter is trained on; below 2^29 the sums of aggregate.py are exact."""
+"""More than a department trains an adapter on in a round."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -95,6 +95,11 @@ class Template:
             raise FederationError(
                 f"expected layers, sizes and factors to ask for, found {len(self.layers)} layers, "
                 f"{len(self.sizes)} sizes and {len(self.sent)} factors; an adapter needs each"
+            )
+        if not self.max_norm > 0 or self.max_examples < 1:
+            raise FederationError(
+                f"expected bounds above zero, found a max_norm of {self.max_norm} and max_examples "
+                f"of {self.max_examples}; several times what honest clients send is a good bound"
             )
 
     def shapes(self, rank: int) -> dict[str, tuple[int, int]]:
@@ -198,6 +203,8 @@ def _check_size(update: Update, template: Template) -> None:
 
 def _check_tensors(update: Update, template: Template) -> None:
     shapes, found = template.shapes(update.rank), update.tensors
+    if not isinstance(found, Mapping):
+        raise _refused(update, "tensors by name", type(found).__name__, "send a state dict")
     names = set(found)
     for name in shapes:
         if name not in names:
