@@ -1,6 +1,6 @@
 """What aggregation costs a server: seconds and memory of each rule, and how both grow with clients.
 
-    .venv/bin/python benchmarks/aggregation.py
+    OPENBLAS_NUM_THREADS=1 .venv/bin/python benchmarks/aggregation.py
     .venv/bin/python benchmarks/aggregation.py --rules flexlora --clients 100 --blocks 24
 
 Two tables in Markdown: 100 clients' rank-8 adapters of Qwen2-0.5B (7 linear layers in each of 24
@@ -11,7 +11,7 @@ Each figure comes from a fresh process. Updates are made when a rule asks for th
 client, from a seed: a piece of a pool of Gaussian numbers that begins where the seed says. Copying
 it is in the seconds, as reading would be. Memory is the most that the process held beyond what it
 held before the rule began, as Linux counts it; what the rule gives is dropped layer by layer, as a
-server would after writing it.
+server would after writing it. With more threads BLAS fights for cores that others use.
 """
 
 import argparse
