@@ -433,4 +433,4 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
 def test_the_verdict_does_not_call_a_gain_a_loss(material: Path, tmp_path: Path) -> None:
     words = told(material, tmp_path, 0.45, 0.98, replayed=0.96)
     assert "(S1) loses 50 points, the graft gains 3 points." in words
-    assert "With 25% of replay S1 gains 1 points, the graft gains 1 points." in words
+    assert "With 25% of replay S1 gains 1 point, the graft gains 1 point." in words
