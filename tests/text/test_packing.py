@@ -23,7 +23,7 @@ from fedgraft.text.corpus import Corpus, Document
 from fedgraft.text.packing import best_fit, cut, encode, pack, pack_pieces
 from fedgraft.text.rows import IGNORED, Rows
 
-DATA = os.environ.get("FEDGRAFT_DATA")
+NEWS = Path(os.environ.get("FEDGRAFT_DATA", "../shared/data")) / "news"
 tokenizer = cache(tiny_tokenizer)
 
 
@@ -144,9 +144,9 @@ def test_rows_are_well_filled() -> None:
     assert pack(tokenizer(), documents_of(texts), 128).fill > 0.97
 
 
-@pytest.mark.skipif(not DATA, reason="needs FEDGRAFT_DATA")
+@pytest.mark.skipif(not NEWS.is_dir(), reason=f"no real text at {NEWS}: set FEDGRAFT_DATA")
 def test_news_use_99_percent_of_the_row_space() -> None:
-    news = Corpus.load(Path(str(DATA), "news")).documents
+    news = Corpus.load(NEWS).documents
     assert pack(open_tokenizer(pocket / "base"), news, 4096).fill > 0.99
 
 
