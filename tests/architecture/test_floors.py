@@ -31,6 +31,7 @@ DOORS = {"__init__", "__main__", "testing"}
 HOMES: dict[str, str | tuple[str, ...]] = {
     "blake3": "weights/",
     "datasets": "text/sources.py",
+    "dp_accounting": "federation/privacy.py",
     "flwr": "federation/flower.py",
     "fundus": "text/crawl.py",
     "huggingface_hub": "weights/",
@@ -41,7 +42,12 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "py3langid": "text/cleaning.py",
     "pyarrow": "text/sources.py",
     "rensa": "text/cleaning.py",
-    "safetensors": ("weights/", "models.py", "training/state.py"),  # what torch saves and loads
+    "safetensors": (
+        "weights/",
+        "models.py",  # what torch saves and loads
+        "training/state.py",
+        "federation/message.py",
+    ),
     "sklearn": "selection/",
     "trafilatura": "text/sources.py",
     "typer": "cli/",

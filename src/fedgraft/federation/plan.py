@@ -1,0 +1,125 @@
+"""The plan of a federation: who takes part, how often, and how answers become the next adapter."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedgraft.federation.aggregate import NEEDED, Rule
+from fedgraft.federation.message import Wire
+from fedgraft.federation.optimiser import Optimiser
+from fedgraft.federation.update import BOTH, Factor, Size
+from fedgraft.training.settings import AdapterSettings, Lora
+
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+ORGANISATION = "organisation"
+"""The one group of a federation whose departments share an adapter."""
+
+
+class Robust(BaseModel):
+    """A rule that a few hostile clients cannot pull away; see `robust`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["trimmed_mean", "median", "krum", "clipping"]
+    num_hostile: int = Field(default=1, ge=0)
+    """Clients of a group that may be hostile: trimmed at either end, or left out by Krum."""
+
+
+class Plan(BaseModel):
+    """What all rounds have in common; one round asks, checks, aggregates and is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    departments: dict[Name, tuple[Name, ...]] = Field(min_length=1)
+    """Department -> its clients. Nobody else is asked."""
+    share: Literal["department", "organisation"] = "department"
+    """Who has an adapter in common: each department, or all of them."""
+    num_rounds: int = Field(gt=0)
+    training: AdapterSettings
+    """Of one client in one round; its seed is derived from the plan's, the client and the round."""
+    rule: Rule = "fedavg"
+    optimiser: Optimiser = Optimiser()
+    robust: Robust | None = None
+    sizes: dict[Name, Lora] = {}
+    """Of clients whose adapters are of another size than that of `training` (flora, flexlora)."""
+    proximal: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """FedProx (arXiv 1812.06127): clients minimise loss + proximal / 2 ||w - start||^2."""
+    sampled: float = Field(default=1.0, gt=0, le=1)
+    """Share of a department's clients that a round asks, one at least."""
+    quorum: float = Field(default=0.5, gt=0, le=1)
+    """Share of the asked of a group that must answer, or its last adapter stays."""
+    timeout: float = Field(default=3600.0, gt=0)
+    """Seconds that clients have to answer."""
+    wire: Wire = "float32"
+    """How numbers travel."""
+    max_norm: float = Field(default=1e3, gt=0)
+    """Euclidean norm that no tensor of an update may be above."""
+    row_length: int = Field(default=256, ge=16)
+    window: int = Field(default=256, ge=16)
+    """Tokens that held-out text is scored in."""
+    seed: int = 0
+
+    @field_validator("training")
+    @classmethod
+    def _seedless(cls, settings: AdapterSettings) -> AdapterSettings:
+        if "seed" in settings.model_fields_set and settings.seed:
+            raise ValueError("the seed comes from the plan's `seed`; take it out here")
+        return settings
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        empty = [department for department, names in self.departments.items() if not names]
+        if empty:
+            raise ValueError(f"departments.{empty[0]}: expected a client at least, found none")
+        twice = [name for name, n in Counter(self.clients).items() if n > 1]
+        if twice:
+            raise ValueError(f"departments: {twice[0]} is named twice; a client has one department")
+        if unknown := sorted(self.sizes.keys() - set(self.clients)):
+            raise ValueError(f"sizes: {unknown[0]} is no client of a department")
+        if len(set(self.all_sizes)) > 1 and self.rule not in ("flora", "flexlora"):
+            raise ValueError(
+                f"sizes: {self.rule} needs adapters of one size; take flora or flexlora, or leave "
+                "sizes out"
+            )
+        if self.optimiser.name != "fedavg" and self.rule in ("flora", "flexlora"):
+            raise ValueError(
+                f"optimiser: {self.optimiser.name} steps from the last factors, which {self.rule} "
+                "does not keep; take fedavg, ffa, fedsa or fedex"
+            )
+        own_rule = self.robust and self.robust.name in ("trimmed_mean", "median")
+        if self.robust and own_rule and self.rule != "fedavg":
+            raise ValueError(
+                f"robust: {self.robust.name} is a rule of its own for A and B; leave `rule` as "
+                "fedavg"
+            )
+        return self
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """All clients, department by department."""
+        return tuple(name for names in self.departments.values() for name in names)
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Group -> the clients that have an adapter in common."""
+        return self.departments if self.share == "department" else {ORGANISATION: self.clients}
+
+    @property
+    def sent(self) -> tuple[Factor, ...]:
+        """The factors that clients send."""
+        return NEEDED.get(self.rule, BOTH)
+
+    @property
+    def all_sizes(self) -> tuple[Size, ...]:
+        """The sizes of adapters, that of `training` first; each once."""
+        return tuple(dict.fromkeys(self.size_of(name) for name in ("", *self.clients)))
+
+    def size_of(self, client: str) -> Size:
+        lora = self.sizes.get(client, self.training)
+        return Size(lora.rank, lora.alpha)
+
+    def department_of(self, client: str) -> str:
+        return next(d for d, names in self.departments.items() if client in names)
