@@ -108,7 +108,7 @@ def _answer_one(client: Answering, connection: socket.socket) -> None:
     connection.settimeout(None)
     try:
         answer = client.answer(question)
-    except Exception:  # noqa: BLE001 - whatever it is, the next round needs this process
+    except Exception:  # whatever it is, the next round needs this process
         log.exception("%s broke off over %s", client.name, question.kind)
         answer = Answer(
             client=client.name, kind=question.kind, round=question.round, fault="failed"
