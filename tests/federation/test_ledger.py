@@ -82,7 +82,7 @@ def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
     assert {kind: sorted(keys) for kind, keys in COUNTS.items()} == {
         "sizes": ["num_documents", "num_examples", "num_tokens"],
         "centroids": ["num_examples"],
-        "adapter": ["num_examples", "num_steps", "num_tokens"],
+        "adapter": ["num_examples", "num_scored", "num_steps", "num_tokens"],
         "scores": ["num_documents", "num_examples", "num_prompts", "num_tokens"],
     }
     assert {kind: len(keys) for kind, keys in FIGURES.items()} == {

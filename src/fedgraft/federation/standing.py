@@ -104,7 +104,7 @@ def save_tensors(file: Path, tensors: Arrays) -> None:
 
 
 class Stored(Mapping[str, NDArray[Any]]):
-    """Tensors of a file, read when they are asked for. Raises FederationError where it is broken."""
+    """Tensors of a file, read when asked for. Raises FederationError where it is broken."""
 
     def __init__(self, file: Path) -> None:
         try:
