@@ -65,7 +65,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedgraft.errors import FederationError
-from fedgraft.federation.message import FAULTS, Answer, Exchange, Fault, Question, Value
+from fedgraft.federation.message import FAULTS, Answer, Fault, Question, Value
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.resident import ask
 
@@ -94,8 +94,10 @@ class _Asked:
     bytes_down: int
 
 
-class FlowerExchange(Exchange):
-    """Questions to the clients of a plan, through a Grid to the SuperNodes of their names."""
+class FlowerExchange:
+    """An Exchange over Flower: through a Grid to the SuperNodes that have the clients' names."""
+
+    transport = "flower"
 
     def __init__(self, grid: Grid, names: Collection[str], *, poll: float = POLL) -> None:
         """`names` are those of `Plan.clients`; no other node is asked, or believed."""
@@ -418,13 +420,13 @@ server_app = ServerApp()
 @server_app.main()
 def _rounds(grid: Grid, context: Context) -> None:
     """Run the rounds of the plan that the run's configuration names, from where they stopped."""
-    from fedgraft.federation.rounds import run_rounds
-
     plan_file, model, out = (_path(context, key) for key in ("plan", "model", "out"))
     plan = read_plan(plan_file)
     exchange = FlowerExchange(grid, plan.clients)
     if missing := exchange.wait(_seconds(context)):
         log.warning("not online: %s; the rounds begin without them", ", ".join(missing))
+    from fedgraft.federation.rounds import run_rounds  # with torch
+
     run_rounds(exchange, plan, model, out)
 
 
