@@ -62,7 +62,7 @@ def question(number: int = 3, **settings: Any) -> Question:
 def honest(message: Message) -> list[Message]:
     """A node whose client doubles every tensor."""
     doubled = {name: 2 * tensor for name, tensor in question_of(message.content).tensors.items()}
-    return answering({**doubled, "num_examples": 4, "loss": 0.5})(message)
+    return list(answering({**doubled, "num_examples": 4, "loss": 0.5})(message))
 
 
 def answering(payload: dict[str, Any]) -> Node:
