@@ -43,7 +43,7 @@ PLAN = Plan.model_validate(
         "departments": {"finance": NAMES[:1], "hr": NAMES[1:]},
         "share": "organisation",
         "num_rounds": 2,
-        "training": {"num_tokens": 64, "rank": 2, "learning_rate": 1e-2, "batch_tokens": 64},
+        "training": {"num_tokens": 128, "rank": 2, "learning_rate": 1e-2, "batch_tokens": 64},
         "rule": "fedex",  # means of both factors, and a change of the model's weights
         "row_length": 32,
         "window": 32,
