@@ -470,15 +470,24 @@ def _seconds(context: Context) -> float:
 # ─── Who submits ──────────────────────────────────────────────────────────────────────────────────
 
 
-def submit(plan: Path, model: Path, out: Path, *, superlink: str, wait: float = 120) -> int:
+def submit(
+    plan: Path,
+    model: Path,
+    out: Path,
+    *,
+    superlink: str,
+    wait: float = 120,
+    home: Path | None = None,
+) -> int:
     """Start rounds on a SuperLink and return the number of the run.
 
     Paths are those of the server. A run that was stopped goes on from its last round when it is
     submitted again with the same `out`.
 
     Args:
-        superlink: A connection of Flower's `config.toml` (below `FLWR_HOME`).
+        superlink: A connection of Flower's `config.toml`.
         wait: Seconds for clients to come online before the first question.
+        home: Where that file is; what FLWR_HOME names, or Flower's own folder, where None.
 
     Raises FederationError with what Flower said where it refused.
     """
@@ -486,17 +495,28 @@ def submit(plan: Path, model: Path, out: Path, *, superlink: str, wait: float = 
         f"{key}={json.dumps(str(path.absolute()))}"
         for key, path in (("plan", plan), ("model", model), ("out", out))
     )
-    found = _flwr("run", str(APP), superlink, "--run-config", f"{configured} wait={wait:g}")
+    configured += f" wait={wait:g}"
+    found = _flwr("run", str(APP), superlink, "--run-config", configured, home=home)
     return int(found["run-id"])
 
 
-def status(run: int, *, superlink: str) -> str:
+def status(run: int, *, superlink: str, home: Path | None = None) -> str:
     """`pending`, `running`, `finished:completed`, `finished:failed` or `finished:stopped`."""
-    found = _flwr("list", "--run-id", str(run), superlink)
+    found = _flwr("list", "--run-id", str(run), superlink, home=home)
     return str(found["runs"][0]["status"])
 
 
-def _flwr(*arguments: str) -> dict[str, Any]:
+def stop(run: int, *, superlink: str, home: Path | None = None) -> None:
+    """Stop a run; its rounds stay, and `submit` with the same `out` goes on after them."""
+    _flwr("stop", str(run), superlink, home=home)
+
+
+def register(public_key: Path, client: str, *, superlink: str, home: Path | None = None) -> None:
+    """Let the SuperNode with a key take part, as the client of that name."""
+    _flwr("supernode", "register", str(public_key), superlink, "--name", client, home=home)
+
+
+def _flwr(*arguments: str, home: Path | None) -> dict[str, Any]:
     """What a command of Flower's says as JSON."""
     program = shutil.which("flwr", path=Path(sys.executable).parent) or shutil.which("flwr")
     if program is None:
@@ -507,7 +527,7 @@ def _flwr(*arguments: str) -> dict[str, Any]:
         [program, *arguments, "--format", "json"],
         capture_output=True,
         text=True,
-        env={**os.environ, **QUIET},
+        env={**os.environ, **QUIET, **({"FLWR_HOME": str(home.absolute())} if home else {})},
         check=False,
     )
     try:
