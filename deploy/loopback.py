@@ -63,8 +63,7 @@ class Loopback:
         """
         self.work, self.model, self.texts = work.absolute(), model.absolute(), texts
         self.nginx = nginx
-        ports = free_ports(len(texts) + 2)
-        self.port, self.proxy_port, *self._node_ports = ports
+        self.port, self.proxy_port = free_ports(2)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.home = self.work / "flwr"
         self.certificates = self.work / "certificates"
@@ -78,10 +77,11 @@ class Loopback:
             if self.nginx:
                 self.start_proxy()
             for client in self.texts:
-                flower.register(self._key(client, ".pub"), client, superlink=NAME, home=self.home)
-            for client in self.texts:
                 self.start_resident(client)
             for client in self.texts:
+                flower.register(self.key(client, ".pub"), client, superlink=NAME, home=self.home)
+            for client in self.texts:
+                self.until(self.socket(client).exists, f"resident {client}")
                 self.start_node(client)
         except BaseException:
             self.stop()
@@ -99,8 +99,8 @@ class Loopback:
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         script("certificates.sh", self.certificates, NAME)
         for client in self.texts:
-            if not self._key(client).exists():
-                script("node-key.sh", self._key(client))
+            if not self.key(client).exists():
+                script("node-key.sh", self.key(client))
         self.configure(NAME, self.port, self.authority)
 
     def configure(self, connection: str, port: int, authority: Path) -> None:
@@ -176,19 +176,18 @@ class Loopback:
             f"--out={self.work / 'clients' / client}",
             f"--socket={self.socket(client)}",
         )
-        self.until(self.socket(client).exists, f"resident {client}")
 
     def start_node(
         self, client: str, *, key: Path | None = None, authority: Path | None = None
     ) -> None:
         """A SuperNode; with another key or authority to see it refused."""
-        port = self._node_ports[list(self.texts).index(client)]
+        (port,) = free_ports(1)
         self.start(
             f"node {client}",
             PROGRAMS / "flower-supernode",
             f"--superlink={NAME}:{self.proxy_port if self.nginx else self.port}",
             f"--root-certificates={authority or self.authority}",
-            f"--auth-supernode-private-key={key or self._key(client)}",
+            f"--auth-supernode-private-key={key or self.key(client)}",
             f"--port={port}",
             f"--node-config=socket={json.dumps(str(self.socket(client)))}",
         )
@@ -229,6 +228,7 @@ class Loopback:
             "FLWR_HOME": str(self.home),
             "PATH": f"{PROGRAMS}:{os.environ['PATH']}",  # Flower's programs start each other
             "OMP_NUM_THREADS": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds, instead of 1
         }
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -295,7 +295,7 @@ class Loopback:
     def socket(self, client: str) -> Path:
         return self.work / "s" / client
 
-    def _key(self, client: str, suffix: str = "") -> Path:
+    def key(self, client: str, suffix: str = "") -> Path:
         return self.work / "keys" / f"{client}{suffix}"
 
 

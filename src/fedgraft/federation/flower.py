@@ -45,7 +45,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flwr.app import (
@@ -68,6 +68,9 @@ from fedgraft.errors import FederationError
 from fedgraft.federation.message import FAULTS, Answer, Fault, Question, Value
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.resident import ask
+
+if TYPE_CHECKING:
+    from fedgraft.federation.rounds import Event
 
 ACTION = "question"
 APP = Path(__file__).with_name("app")
@@ -427,7 +430,24 @@ def _rounds(grid: Grid, context: Context) -> None:
         log.warning("not online: %s; the rounds begin without them", ", ".join(missing))
     from fedgraft.federation.rounds import run_rounds  # with torch
 
-    run_rounds(exchange, plan, model, out)
+    run_rounds(exchange, plan, model, out, watch=_tell)
+
+
+def _tell(event: "Event") -> None:
+    """A line in the run's log, which `flwr log` shows."""
+    from fedgraft.federation.rounds import Answered, Asked
+
+    match event:
+        case Asked(round=number, phase=phase, clients=clients):
+            log.warning("round %d, %s: asked %s", number, phase, ", ".join(clients))
+        case Answered(round=number, phase=phase, part=part):
+            said = part.fault or part.refused or "answered"
+            log.warning(
+                "round %d, %s: %s %s after %.0f s", number, phase, part.client, said, part.seconds
+            )
+        case done:
+            kept = "; ".join(done.kept.values())
+            log.warning("round %d is kept%s", done.number, f", but: {kept}" if kept else "")
 
 
 def read_plan(file: Path) -> Plan:
