@@ -64,6 +64,8 @@ class Loopback:
         self.work, self.model, self.texts = work.absolute(), model.absolute(), texts
         self.nginx = nginx
         self.port, self.proxy_port = free_ports(2)
+        self.names: dict[int, str] = {}
+        """Node id -> client."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.home = self.work / "flwr"
         self.certificates = self.work / "certificates"
@@ -79,7 +81,7 @@ class Loopback:
             for client in self.texts:
                 self.start_resident(client)
             for client in self.texts:
-                flower.register(self.key(client, ".pub"), client, superlink=NAME, home=self.home)
+                self.register(client)
             for client in self.texts:
                 self.until(self.socket(client).exists, f"resident {client}")
                 self.start_node(client)
@@ -138,6 +140,17 @@ class Loopback:
             "--disable-runtime-dependency-installation",
         )
         self.until(lambda: self.answers(self.port, "/health") == 200, "superlink")
+
+    def register(self, client: str, key: str = "") -> None:
+        """Let the node with a key take part as a client."""
+        public_key = self.key(key or client, ".pub")
+        number = flower.register(public_key, client, superlink=NAME, home=self.home)
+        self.names[number] = client
+
+    def nodes(self) -> dict[str, str]:
+        """Client -> status of its node, as the operator sees it."""
+        found = flower.nodes(superlink=NAME, home=self.home)
+        return {self.names[number]: status for number, status in found.items()}
 
     def start_proxy(self) -> None:
         """nginx with our configuration, its paths and ports exchanged for these."""

@@ -162,9 +162,24 @@ def test_bfloat16_does_not_travel() -> None:
         phase="train",
         tensors={A: np.ones((2, 2), ml_dtypes.bfloat16)},
     )
-    records = question_records(wide, client="hr-1", nonce="n")
     with pytest.raises(FederationError, match=r"expected float32 or float16 or int64 in a message"):
-        question_of(records)
+        question_records(wide, client="hr-1", nonce="n")
+
+
+def test_numbers_of_all_tensors_are_one_array_a_type() -> None:
+    many = {f"layer.{i}": np.full((3, 2), i, np.float32) for i in range(100)}
+    records = question_records(
+        Question(kind="adapter", round=0, phase="train", tensors=many), client="hr-1", nonce="n"
+    )
+    contents, _ = contents_of(Message(travels(records), 7, "query.question"))
+    assert len(contents) == 8  # message, dict, four records, an array and its bytes
+
+
+def test_equal_tensors_of_many_questions_are_held_once() -> None:
+    held: dict[bytes, Array] = {}
+    for name in NAMES:
+        question_records(question(), client=name, nonce="n", held=held)
+    assert len(held) == 2  # float32 and float16
 
 
 # ─── Asking ───────────────────────────────────────────────────────────────────────────────────────
@@ -318,18 +333,39 @@ NOISE: dict[str, tuple[Node, str, int]] = {
     "a fault that is none": (put("about", "fault", "Mara lives in Lisbon"), "failed", 0),
     "a list of figures": (put("scalars", "loss", [1.0, 2.0]), "failed", 0),
     "a figure named as a tensor": (put("scalars", A, 1.0), "failed", 0),
-    "a pickle": (put("arrays", A, pickled()), "failed", 0),
-    "an archive": (put("arrays", A, zipped()), "failed", 0),
-    "more numbers than memory": (put("arrays", A, huge()), "failed", 0),
+    "a pickle": (put("arrays", "float32", pickled()), "failed", 0),
+    "an archive": (put("arrays", "float32", zipped()), "failed", 0),
+    "more numbers than memory": (put("arrays", "float32", huge()), "failed", 0),
     "noise as an array": (
-        put("arrays", A, Array("float32", (1,), "numpy.ndarray", b"?")),
+        put("arrays", "float32", Array("float32", (1,), "numpy.ndarray", b"?")),
         "failed",
         0,
     ),
-    "another format": (put("arrays", A, Array("float32", (1,), "torch", b"?")), "failed", 0),
-    "doubles": (put("arrays", A, Array(np.ones(3))), "failed", 0),
-    "letters": (put("arrays", A, Array(np.array(["Mara"]))), "failed", 0),
-    "another byte order": (put("arrays", A, Array(np.ones(3, ">f4"))), "failed", 0),
+    "another format": (
+        put("arrays", "float32", Array("float32", (1,), "torch", b"?")),
+        "failed",
+        0,
+    ),
+    "numbers of another type": (put("arrays", "float32", Array(np.ones(10))), "failed", 0),
+    "a type that is none of ours": (put("arrays", "float64", Array(np.ones(3))), "failed", 0),
+    "letters": (put("arrays", "<U4", Array(np.array(["Mara"]))), "failed", 0),
+    "another byte order": (put("arrays", "float32", Array(np.ones(10, ">f4"))), "failed", 0),
+    "numbers in rows": (
+        put("arrays", "float32", Array(np.ones((2, 5), np.float32))),
+        "failed",
+        0,
+    ),
+    "a number too few": (put("arrays", "float32", Array(np.ones(9, np.float32))), "failed", 0),
+    "a number too many": (put("arrays", "float32", Array(np.ones(11, np.float32))), "failed", 0),
+    "numbers of no tensor": (put("arrays", "int64", Array(np.ones(1, np.int64))), "failed", 0),
+    "a tensor without numbers": (put("tensors", "more", "int64[2]"), "failed", 0),
+    "a shape that is none": (put("tensors", A, "float32[-2,-5]"), "failed", 0),
+    "a shape beyond all bounds": (
+        put("tensors", A, f"float32[{'9' * 12},{'9' * 12}]"),
+        "failed",
+        0,
+    ),
+    "a shape as a number": (put("tensors", A, 10), "failed", 0),
 }
 
 
@@ -477,7 +513,7 @@ def test_the_resident_of_another_client_behind_a_node_is_refused_before_anything
     assert "expected the resident of hr-1 behind this SuperNode, found that of it-1" in caplog.text
 
 
-@pytest.mark.parametrize("missing", ["about", "settings", "arrays"])
+@pytest.mark.parametrize("missing", ["about", "settings", "tensors", "arrays"])
 def test_a_question_that_cannot_be_read_is_answered_by_an_error_without_words(missing: str) -> None:
     LocalGrid({})
     records = question_records(question(), client="hr-1", nonce="n")

@@ -8,14 +8,18 @@
           │ Grid                                          │
     SuperLink <─── TLS, node keys, proxy for /v1/fleet/ ── SuperNode
 
-A question is three records, and so is an answer; there are no bytes that somebody must unpack:
+A question is four records, and so is an answer; there are no bytes that somebody must unpickle:
 
-    question   about     client, kind, round, phase, nonce            ConfigRecord
-               settings  what the question says                       ConfigRecord
-               arrays    named tensors, float32 or float16            ArrayRecord
-    answer     about     client, kind, round, fault, nonce            ConfigRecord
-               scalars   counts and figures                           MetricRecord
-               arrays    what the gate let through                    ArrayRecord
+    question   about     client, kind, round, phase, nonce             ConfigRecord
+               settings  what the question says                        ConfigRecord
+               tensors   name -> type and shape: `float32[8,64]`       ConfigRecord
+               arrays    type -> the numbers of its tensors, in turn   ArrayRecord
+    answer     about     client, kind, round, fault, nonce             ConfigRecord
+               scalars   counts and figures                            MetricRecord
+               tensors, arrays                                         what the gate let through
+
+Numbers of all tensors stand in one array a type, because Flower makes every array two objects, and
+every object a request of its own, on each of the four hops between a resident and the rounds.
 
 Who is who. A client's name is the one under which the server's operator registered the public key
 of its SuperNode (`flwr supernode register KEY --name hr-1`): the SuperLink proves the key at every
@@ -34,9 +38,12 @@ three seconds, and end the run over one reply of another form.
 flwr 1.41 is pinned: the transport changed between 1.28 and 1.41, and may again.
 """
 
+import hashlib
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -80,8 +87,7 @@ QUIET: Mapping[str, str] = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_
 POLL = 0.5
 """Seconds between two looks for answers; Flower's own loop takes 3."""
 DTYPES = ("float32", "float16", "int64")
-Arrays = dict[int, tuple[NDArray[Any], Array]]
-"""`id` of a tensor -> itself, so that the id stays its own, and what Flower made of it."""
+SHAPED = re.compile(r"(float32|float16|int64)\[((?:\d{1,12}(?:,\d{1,12})*)?)\]")
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +168,10 @@ class FlowerExchange:
     ) -> dict[str, _Asked]:
         """Message id -> what was asked, of all that went out."""
         messages, waiting = [], []
-        arrays: Arrays = {}  # an adapter that goes to all is held once
+        held: dict[bytes, Array] = {}  # an adapter that goes to all is held once
         for client, (node, question) in questions.items():
             nonce = secrets.token_hex(16)
-            content = question_records(question, client=client, nonce=nonce, arrays=arrays)
+            content = question_records(question, client=client, nonce=nonce, held=held)
             messages.append(Message(content, node, f"query.{ACTION}", ttl=timeout))
             waiting.append(
                 _Asked(
@@ -206,19 +212,13 @@ class FlowerExchange:
 
 
 def question_records(
-    question: Question, *, client: str, nonce: str, arrays: Arrays | None = None
+    question: Question, *, client: str, nonce: str, held: dict[bytes, Array] | None = None
 ) -> RecordDict:
     """A question to `client` as Flower's records; see the head of this file.
 
     Args:
-        arrays: What was made of tensors already; for one tensor in many questions.
+        held: Arrays of other questions by their digest: equal ones are one object.
     """
-    known: Arrays = {} if arrays is None else arrays
-    record = ArrayRecord()
-    for name, tensor in question.tensors.items():
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor, Array(np.ascontiguousarray(tensor))
-        record[name] = known[id(tensor)][1]
     about = ConfigRecord(
         {
             "client": client,
@@ -229,7 +229,7 @@ def question_records(
         }
     )
     settings = ConfigRecord(dict(question.settings))
-    return RecordDict({"about": about, "settings": settings, "arrays": record})
+    return RecordDict({"about": about, "settings": settings, **_packed(question.tensors, held)})
 
 
 def question_of(records: RecordDict) -> Question:
@@ -237,14 +237,14 @@ def question_of(records: RecordDict) -> Question:
 
     Raises FederationError where these are other records.
     """
-    about, settings, arrays = _three(records, ConfigRecord, "settings")
+    about, settings = _first_two(records, "settings", ConfigRecord)
     _keys(about, {"client", "kind", "round", "phase", "nonce"})
     return Question(
         kind=cast("Any", about["kind"]),
         round=cast("int", about["round"]),
         phase=cast("Any", about["phase"]),
         settings=cast("Any", dict(settings)),
-        tensors=_arrays(arrays),
+        tensors=_unpacked(records),
     )
 
 
@@ -261,13 +261,8 @@ def answer_records(answer: Answer, *, nonce: str) -> RecordDict:
             "nonce": nonce,
         }
     )
-    return RecordDict(
-        {
-            "about": about,
-            "scalars": MetricRecord(cast("Any", scalars)),
-            "arrays": ArrayRecord({k: Array(np.ascontiguousarray(v)) for k, v in arrays.items()}),
-        }
-    )
+    figures = MetricRecord(cast("Any", scalars))
+    return RecordDict({"about": about, "scalars": figures, **_packed(arrays)})
 
 
 def answer_of(records: RecordDict, question: Question, *, client: str, nonce: str) -> Answer:
@@ -276,7 +271,7 @@ def answer_of(records: RecordDict, question: Question, *, client: str, nonce: st
     Raises FederationError for other records, for an answer to another question or by another
     client, and for a fault that is none; what numpy raises for an array that is none.
     """
-    about, scalars, arrays = _three(records, MetricRecord, "scalars")
+    about, scalars = _first_two(records, "scalars", MetricRecord)
     _keys(about, {"client", "kind", "round", "fault", "nonce"})
     expected = {
         "client": client,
@@ -290,7 +285,7 @@ def answer_of(records: RecordDict, question: Question, *, client: str, nonce: st
     fault = about["fault"]
     if fault not in ("", *FAULTS):
         raise _other(f"one of {', '.join(FAULTS)}", f"the fault {fault!r}")
-    payload: dict[str, Value] = dict(_arrays(arrays))
+    payload: dict[str, Value] = dict(_unpacked(records))
     for name, scalar in scalars.items():
         if type(scalar) not in (int, float) or name in payload:
             raise _other("counts and figures, each once", f"{name!r}")
@@ -327,12 +322,15 @@ def _read(reply: Message, asked: _Asked) -> Answer:
     return replace(answer, bytes_up=travelled(reply))
 
 
-def _three(records: RecordDict, kind: type[Any], name: str) -> tuple[ConfigRecord, Any, Any]:
-    types: dict[str, type[Any]] = {"about": ConfigRecord, name: kind, "arrays": ArrayRecord}
+def _first_two(records: RecordDict, name: str, kind: type[Any]) -> tuple[ConfigRecord, Any]:
+    """The records `about` and `name`, where there are the four that shall be there."""
+    types: dict[str, type[Any]] = {"about": ConfigRecord, name: kind}
+    types |= {"tensors": ConfigRecord, "arrays": ArrayRecord}
     if {key: type(record) for key, record in records.items()} != types:
         found = ", ".join(f"{_short(k)}: {type(v).__name__}" for k, v in records.items())
-        raise _other(", ".join(f"{k}: {v.__name__}" for k, v in types.items()), found or "nothing")
-    return cast("ConfigRecord", records["about"]), records[name], records["arrays"]
+        expected = ", ".join(f"{k}: {v.__name__}" for k, v in types.items())
+        raise _other(expected, found or "nothing")
+    return cast("ConfigRecord", records["about"]), records[name]
 
 
 def _keys(about: ConfigRecord, keys: set[str]) -> None:
@@ -340,13 +338,47 @@ def _keys(about: ConfigRecord, keys: set[str]) -> None:
         raise _other(", ".join(sorted(keys)), ", ".join(sorted(about)))
 
 
-def _arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    found = {}
-    for name, array in record.items():
-        tensor = array.numpy()  # numpy's format, without pickles
-        if type(tensor) is not np.ndarray or not any(tensor.dtype == np.dtype(d) for d in DTYPES):
-            raise _other(" or ".join(DTYPES), f"{_short(name)} of another type")
-        found[name] = np.ascontiguousarray(tensor)
+def _packed(
+    tensors: Mapping[str, NDArray[Any]], held: dict[bytes, Array] | None = None
+) -> dict[str, ConfigRecord | ArrayRecord]:
+    """The records `tensors` and `arrays`."""
+    table, parts = ConfigRecord(), dict[str, list[NDArray[Any]]]()
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in DTYPES:
+            raise _other(" or ".join(DTYPES), f"{name} of {tensor.dtype}")
+        table[name] = f"{tensor.dtype.name}[{','.join(map(str, tensor.shape))}]"
+        parts.setdefault(tensor.dtype.name, []).append(np.ravel(tensor))
+    known, arrays = {} if held is None else held, ArrayRecord()
+    for dtype, flat in parts.items():
+        made = Array(np.concatenate(flat))
+        arrays[dtype] = known.setdefault(hashlib.sha256(made.data).digest(), made)
+    return {"tensors": table, "arrays": arrays}
+
+
+def _unpacked(records: RecordDict) -> dict[str, NDArray[Any]]:
+    """Named tensors. Raises FederationError where table and numbers do not agree to the last."""
+    table, arrays = records["tensors"], cast("ArrayRecord", records["arrays"])
+    flat, found = dict[str, NDArray[Any]](), dict[str, NDArray[Any]]()
+    for dtype, array in arrays.items():
+        numbers = array.numpy()  # numpy's format, without pickles
+        plain = type(numbers) is np.ndarray and numbers.ndim == 1 and numbers.dtype == dtype
+        if dtype not in DTYPES or not plain:
+            raise _other(f"a row of {' or '.join(DTYPES)}", f"{_short(dtype)} of another form")
+        flat[dtype] = numbers
+    taken = dict.fromkeys(flat, 0)
+    for name, shaped in table.items():
+        match = SHAPED.fullmatch(shaped) if isinstance(shaped, str) else None
+        if not match or match[1] not in flat:
+            raise _other("type and shape of a tensor that is there", f"{_short(shaped)}")
+        dtype, shape = match[1], tuple(map(int, filter(None, match[2].split(","))))
+        begin, end = taken[dtype], taken[dtype] + math.prod(shape)
+        if end > flat[dtype].size:
+            raise _other(f"{end} numbers of {dtype}", str(flat[dtype].size))
+        found[name] = flat[dtype][begin:end].reshape(shape)
+        taken[dtype] = end
+    for dtype, numbers in flat.items():
+        if taken[dtype] < numbers.size:
+            raise _other(f"{taken[dtype]} numbers of {dtype}", str(numbers.size))
     return found
 
 
@@ -531,9 +563,16 @@ def stop(run: int, *, superlink: str, home: Path | None = None) -> None:
     _flwr("stop", str(run), superlink, home=home)
 
 
-def register(public_key: Path, client: str, *, superlink: str, home: Path | None = None) -> None:
-    """Let the SuperNode with a key take part, as the client of that name."""
-    _flwr("supernode", "register", str(public_key), superlink, "--name", client, home=home)
+def register(public_key: Path, client: str, *, superlink: str, home: Path | None = None) -> int:
+    """Let the SuperNode with a key take part, as the client of that name; returns its node id."""
+    arguments = (str(public_key), superlink, "--name", client)
+    return int(_flwr("supernode", "register", *arguments, home=home)["node-id"])
+
+
+def nodes(*, superlink: str, home: Path | None = None) -> dict[int, str]:
+    """Node id -> `online`, `offline` or `registered`, of all that are registered."""
+    found = _flwr("supernode", "list", superlink, home=home)["nodes"]
+    return {int(node["node-id"]): str(node["status"]) for node in found}
 
 
 def _flwr(*arguments: str, home: Path | None) -> dict[str, Any]:
