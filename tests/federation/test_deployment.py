@@ -148,7 +148,7 @@ def _stays(here: Loopback, client: str) -> bool:
         here.processes[f"node {client}"].wait(8)
         here.processes.pop(f"node {client}")
         return False
-    return here.nodes()[client] == "online"
+    return bool(here.nodes()[client] == "online")
 
 
 # ─── With everything up ───────────────────────────────────────────────────────────────────────────
