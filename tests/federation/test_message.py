@@ -1,6 +1,7 @@
 """Laws of messages: what goes in comes out, and nothing else is read."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_an_answer_comes_out_as_it_went_in(
     tensors: dict[str, np.ndarray], count: int, figure: float
 ) -> None:
     tensors = {f"t {name}": tensor for name, tensor in tensors.items()}
-    payload = {**tensors, "num_examples": count, "loss": figure}
+    payload: dict[str, Any] = {**tensors, "num_examples": count, "loss": figure}
     found = answer_from(
         answer_bytes(Answer(client="hr-1", kind="adapter", round=2, payload=payload))
     )

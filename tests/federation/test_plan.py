@@ -1,4 +1,4 @@
-"""Laws of plans and of the settings of questions: what cannot be is refused before anyone is asked."""
+"""Laws of plans and of questions' settings: what cannot be is refused before anyone is asked."""
 
 from typing import Any
 
