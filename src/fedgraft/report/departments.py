@@ -157,9 +157,7 @@ def render_federation(result: Federation) -> str:
     )
 
 
-def sections(
-    federations: Sequence[Together], partition: Holdings | None
-) -> dict[str, object]:
+def sections(federations: Sequence[Together], partition: Holdings | None) -> dict[str, object]:
     """What the pages of both have: curves, drift, traffic, time, partition, privacy, refusals."""
     return {
         "curves": list(_curves(federations)),
@@ -176,9 +174,7 @@ def sections(
         ],
         "refusals": list(_refusals(federations)),
         "kept": list(_kept(federations)),
-        "num_answers": sum(
-            len(done.parts) for one in federations for done in one.history.rounds
-        ),
+        "num_answers": sum(len(done.parts) for one in federations for done in one.history.rounds),
     }
 
 
@@ -252,9 +248,7 @@ def _arm_plots(result: Departments, departments: Sequence[str]) -> Iterator[Plot
         for arm in result.words:
             found = _by_seed(result, arm, RIGHT_AND_FOLLOWED)
             rows.append(
-                Series(
-                    name=LABELS[arm], colour=COLOURS[arm], x=[100 * value for value in found]
-                )
+                Series(name=LABELS[arm], colour=COLOURS[arm], x=[100 * value for value in found])
             )
         yield Plot(
             title="Right, and as instructed",
@@ -355,7 +349,11 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
             for done in one.history.rounds[:1]
             if (mean := done.means.get(department, {}).get("graft"))
         ]
-        level = Series(name="graft alone", colour=figures.GREEN, x=(), y=(fmean(before),)) if before else None
+        level = (
+            Series(name="graft alone", colour=figures.GREEN, x=(), y=(fmean(before),))
+            if before
+            else None
+        )
         yield Plot(
             title="All departments" if department == ALL else spaced(department).capitalize(),
             svg=figures.curves(

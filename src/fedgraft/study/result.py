@@ -55,7 +55,7 @@ What `fedgraft federate` writes is no study (Federation):
 
     kind               `federation`
     format             version of this layout
-    name               of its file
+    name, question     of its file
     verdict            a few sentences in plain words
     history            what happened, round by round; see `federation.history`
     traffic            kind of message -> messages, bytes up, bytes down
@@ -343,14 +343,17 @@ class Forgetting(_Found):
     learning_rates: dict[str, tuple[tuple[int, float], ...]]
 
 
+ScoredModel = Literal["graft", "global", "department", "client"]
+"""The graft alone, or it with an adapter: of all, of a department or of a client."""
+
+
 class Scored(_Record):
     """One model on the held-out material of one department."""
 
     arm: str
     department: str
     seed: int
-    model: Literal["graft", "global", "department", "client"]
-    """Which model was scored: the graft alone, or it with an adapter of this kind."""
+    model: ScoredModel
     client: str | None = None
     num_documents: int = 0
     """Of a client's model: what it trains on, its weight."""
@@ -381,6 +384,7 @@ class Federation(_Written):
     kind: Literal["federation"] = "federation"
     format: Literal[1] = 1
     name: str
+    question: str
     verdict: str
     history: History
     traffic: dict[str, Carried]

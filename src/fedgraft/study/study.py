@@ -295,7 +295,7 @@ class Study(_Part):
             try:
                 federation.plan(self.name, somebody, rule=rule, sizes={})
             except ValidationError as error:
-                faults = "; ".join(fault["msg"] for fault in error.errors())
+                faults = "; ".join(faults_of(error))
                 raise ValueError(f"federation with rule {rule}: {faults}") from error
 
     @classmethod
@@ -339,13 +339,19 @@ def read_yaml(file: str | Path, kind: type[_File], noun: str) -> _File:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        faults = [
-            f"  {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
-            for fault in error.errors()
-        ]
+        faults = faults_of(error)
         raise StudyError(
-            f"{file}: expected a {noun}, found {len(faults)} faults:\n" + "\n".join(faults)
+            f"{file}: expected a {noun}, found {len(faults)} faults:\n"
+            + "\n".join(f"  {fault}" for fault in faults)
         ) from error
+
+
+def faults_of(error: ValidationError) -> list[str]:
+    """`where: what` for each fault."""
+    return [
+        f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
+        for fault in error.errors()
+    ]
 
 
 def with_paths(
