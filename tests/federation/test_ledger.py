@@ -88,7 +88,7 @@ def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
     assert {kind: len(keys) for kind, keys in FIGURES.items()} == {
         "sizes": 0,
         "centroids": 0,
-        "adapter": 2,
+        "adapter": 6,
         "scores": 40,
     }
     assert sorted(FIGURES["adapter"]) == [

@@ -42,12 +42,16 @@ class Standing:
         """The tensors of a question to a client whose adapter is of that size."""
         return {**self.adapters[size], **change_tensors(self.changes)}
 
-    def advanced(self, layers: Iterable[Layer], fresh: Mapping[Size, Tensors]) -> "Standing":
-        """What follows from an aggregation; factors that it does not name are `fresh`'s.
+    def advanced(
+        self, layers: Iterable[Layer], fresh: Mapping[Size, Tensors] | None = None
+    ) -> "Standing":
+        """What follows from an aggregation. Factors that it does not name are those of `fresh`.
 
-        FLoRA names none, so a new adapter begins; FedSA-LoRA names A alone.
+        FLoRA names none, so a new adapter begins. FFA-LoRA names B alone and FedSA-LoRA A: the
+        other factors stay where `fresh` is None.
         """
-        adapters = {size: dict(tensors) for size, tensors in fresh.items()}
+        begun = self.adapters if fresh is None else fresh
+        adapters = {size: dict(tensors) for size, tensors in begun.items()}
         changes = dict(self.changes)
         for layer in layers:
             for size, tensors in layer.adapters.items():

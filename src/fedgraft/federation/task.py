@@ -78,4 +78,4 @@ class Task(BaseModel):
 
 def letters(named: str) -> tuple[Factor, ...]:
     """`AB` -> both factors."""
-    return tuple(factor for factor in ("A", "B") if factor in named)  # type: ignore[misc]
+    return tuple(factor for factor in ("A", "B") if factor in named)

@@ -171,13 +171,12 @@ def plain_model(adapted: PeftModel) -> "PreTrainedModel":
 
 
 def write_adapter(
-    out: Path, tensors: Factors, alpha: float, record: Record, *, overwrite: bool = False
+    out: Path, tensors: Factors, scale: float, record: Record, *, overwrite: bool = False
 ) -> Path:
     """Write factors as a PEFT directory; ranks may differ from layer to layer.
 
     Args:
-        alpha: The change of a layer is alpha / r * B A, with r the first layer's rank: the same
-            alpha / r in every layer.
+        scale: alpha / r, the same in every layer: its change is scale * B A.
 
     Raises ArtefactError where `out` exists or cannot be written.
     """
@@ -190,10 +189,10 @@ def write_adapter(
     others = {layer: r for layer, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=scale * rank,
         target_modules=sorted(ranks),
         rank_pattern=others,
-        alpha_pattern={layer: alpha / rank * r for layer, r in others.items()},
+        alpha_pattern={layer: scale * r for layer, r in others.items()},
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
