@@ -11,13 +11,14 @@ are known, and nowhere else.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import expm1
 from statistics import fmean
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED
-from fedgraft.federation.history import History, Round
+from fedgraft.federation.history import History
+from fedgraft.federation.ledger import MODELS
 from fedgraft.report import figures
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
@@ -93,8 +94,6 @@ PARTS = {
 }
 """What the time of a round goes into, for the mean client: together they are its clock time."""
 
-Value = Callable[[Round], float | None]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -165,6 +164,8 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         "traffic": list(_traffic_rows(federations)),
         "time": _time_plot(federations),
         "times": list(_time_rows(federations)),
+        "time_heads": [words for words, _ in PARTS.values()],
+        "several_seeds": len({one.seed for one in federations}) > 1,
         "partition": partition,
         "heat": _heat(partition) if partition else [],
         "privacy": [
@@ -205,11 +206,11 @@ def _tiles(result: Departments) -> Iterator[Tile]:
         for rule in RULE_WORDS
         if (found := _summary(result, rule, ALL, NATS)) is not None
     }
-    best = min(rules, key=lambda rule: rules[rule].mean) if rules else None
-    wanted = ["clients", *([best] if best else []), "alone", "pooled"]
+    best = [rule for rule, _ in sorted(rules.items(), key=lambda named: named[1].mean)][:1]
+    wanted = ["clients", *best, "alone", "pooled"]
     for arm in wanted:
         if found := _summary(result, arm, ALL, NATS):
-            first = "the best rule, " if arm == best else ""
+            first = "the best rule, " if arm in best else ""
             yield Tile(
                 value=f"{100 * expm1(found.mean - graft.mean):+.1f}%",
                 words=f"perplexity against the graft alone: {first}{LABELS[arm]}",
@@ -349,16 +350,14 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
             for done in one.history.rounds[:1]
             if (mean := done.means.get(department, {}).get("graft"))
         ]
-        level = (
-            Series(name="graft alone", colour=figures.GREEN, x=(), y=(fmean(before),))
-            if before
-            else None
-        )
+        levels = [
+            Series(name="graft alone", colour=figures.GREEN, x=(), y=(fmean(before or [0.0]),))
+        ]
         yield Plot(
             title="All departments" if department == ALL else spaced(department).capitalize(),
             svg=figures.curves(
                 series,
-                levels=[level] if level else [],
+                levels=levels if before else [],
                 x_label="rounds",
                 y_label="nats per token",
                 logarithmic=False,
@@ -571,16 +570,13 @@ def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, s
             "all departments" if place == ALL else spaced(place),
             [
                 (model, f"{mean.weighted:.3f}", f"{mean.unweighted:.3f}", str(mean.num_clients))
-                for model, mean in _ordered(means[place].items())
+                for model, mean in sorted(
+                    means[place].items(), key=lambda named: MODELS.index(named[0])
+                )
             ],
         )
         for place in places
     ]
-
-
-def _ordered(models: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    order = ("graft", "global", "department", "client")
-    yield from sorted(models, key=lambda named: order.index(named[0]))
 
 
 def _run_tiles(result: Federation) -> Iterator[Tile]:

@@ -39,7 +39,7 @@ from fedgraft.study.material import Clients, first_by_hash, hash_documents
 from fedgraft.study.result import NATS, Carried, Holding, Holdings, Scored, ScoredModel, Together
 from fedgraft.study.run import Run
 from fedgraft.study.stage import run_stage
-from fedgraft.training.adapter import open_adapted, write_adapter
+from fedgraft.training.adapter import merge_adapter, open_adapted, write_adapter
 
 STATES = "clients"
 """Below the output of a federation: a folder for what each client keeps."""
@@ -314,7 +314,7 @@ class Federating(Run):
         held_out = self.material.held_out(settings.max_documents)
         dialogues = [d for d in self.material.test_dialogues if d.department in departments]
         card = evaluate(
-            open_adapted(model, adapter) if adapter else open_model(model),
+            merge_adapter(open_adapted(model, adapter)) if adapter else open_model(model),
             self.tokenizer,
             arm=f"{client or arm}, seed {seed}",
             seed=seed,
