@@ -31,6 +31,7 @@ from fedgraft.report.words import (
     flatten,
     power,
     score,
+    size,
     spaced,
     spread,
 )
@@ -177,14 +178,6 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         "kept": list(_kept(federations)),
         "num_answers": sum(len(done.parts) for one in federations for done in one.history.rounds),
     }
-
-
-def size(num_bytes: float) -> str:
-    """`1.2 MB`."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def _departments(result: Departments) -> list[str]:
@@ -341,8 +334,8 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
                 known = [line[model] for line in lines if model in line]
                 if known and (model != "client" or len(federations) == 1 or rule == "fedsa"):
                     label, colour = _label(rule, shared), _colour(rule, shared)
-                    if model == "client":
-                        label, colour = "clients' own", figures.ORANGE
+                    if model == "client" and rule != "fedsa":
+                        label, colour = "clients' own", figures.GREY
                     series.append(_band(label, colour, known))
         before = [
             mean.weighted
@@ -354,7 +347,7 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
             Series(name="graft alone", colour=figures.GREEN, x=(), y=(fmean(before or [0.0]),))
         ]
         yield Plot(
-            title="All departments" if department == ALL else spaced(department).capitalize(),
+            title="All departments" if department == ALL else spaced(department),
             svg=figures.curves(
                 series,
                 levels=levels if before else [],
@@ -367,12 +360,15 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
 
 
 def _line(history: History, department: str) -> dict[str, dict[int, float]]:
-    """Model -> rounds behind it -> nats per token, weighted by tokens."""
+    """Adapter -> rounds behind it -> nats per token, weighted by tokens."""
     found: dict[str, dict[int, float]] = {}
     for done in history.rounds:
         for model, mean in done.means.get(department, {}).items():
             behind = done.number if model == "client" else done.number - 1
             found.setdefault(model, {})[behind] = mean.weighted
+    start = found.pop("graft", {})  # what a fresh adapter begins as
+    for line in found.values():
+        line.update(start)
     last = len(history.rounds)
     for model, mean in history.final_means.get(department, {}).items():
         found.setdefault(model, {})[last] = mean.weighted

@@ -14,6 +14,7 @@ and whatever else `federation.plan.Settings` knows. Clients are named `hr-1`, `h
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -23,7 +24,7 @@ from fedgraft.federation.client import Client
 from fedgraft.federation.history import History
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Name, Plan, Settings
-from fedgraft.federation.rounds import Watch
+from fedgraft.federation.rounds import HISTORY, LEDGER, Watch
 from fedgraft.federation.workplace import Workplace
 from fedgraft.study.material import (
     Clients,
@@ -32,10 +33,10 @@ from fedgraft.study.material import (
     shared_out,
     split_texts,
 )
-from fedgraft.study.result import ALL, Federation
+from fedgraft.study.result import ALL, Federation, Holdings
 from fedgraft.study.run import versions
 from fedgraft.study.study import Texts, faults_of, read_yaml, with_paths
-from fedgraft.study.together import holdings, train_together
+from fedgraft.study.together import holdings, traffic, train_together
 from fedgraft.text.corpus import Splits
 
 
@@ -181,20 +182,42 @@ def run(file: FederationFile, out: Path, *, watch: Watch = lambda _: None) -> Fe
     """
     started = time.monotonic()
     clients = load_clients(file)
-    ran = train_together(
+    train_together(
         Path(file.model), clients, file.plan, out, max_documents=file.max_documents, watch=watch
     )
     texts = [split.train for ours in clients.values() for split in ours.values()]
+    return finished(
+        file,
+        out,
+        time.monotonic() - started,
+        partition=holdings(clients, Partition()),
+        inputs={"training text": hash_documents(*texts)},
+    )
+
+
+def finished(
+    file: FederationFile,
+    out: Path,
+    seconds: float,
+    *,
+    partition: Holdings | None = None,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+) -> Federation:
+    """Write `result.json` of rounds that are done, from what they left in `out`.
+
+    Raises FederationError where the ledger is broken.
+    """
+    history = History.model_validate_json((out / HISTORY).read_bytes())
     result = Federation(
         name=file.name,
         question=file.question,
-        verdict=verdict(ran.history),
-        history=ran.history,
-        traffic=ran.traffic,
-        partition=holdings(clients, Partition()),
-        seconds=round(time.monotonic() - started, 2),
+        verdict=verdict(history),
+        history=history,
+        traffic=traffic(out / LEDGER),
+        partition=partition,
+        seconds=round(seconds, 2),
         settings=file.as_written,
-        inputs={"model": ran.history.model, "training text": hash_documents(*texts)},
+        inputs={"model": history.model, **inputs},
         versions=versions(),
     )
     result.write(out)

@@ -9,7 +9,6 @@ So what a study reports of an adapter comes from text that no client has trained
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,6 @@ WEIGHTS = "adapter_model.safetensors"
 """Of a PEFT directory."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ran:
-    """What came of a federation."""
-
-    history: History
-    traffic: dict[str, Carried]
-    """By kind of message."""
-
-
 def train_together(
     model: Path,
     clients: Clients,
@@ -65,7 +55,7 @@ def train_together(
     *,
     max_documents: int | None,
     watch: Watch = lambda _: None,
-) -> Ran:
+) -> History:
     """Run a federation of clients that live in this process; see `federation.rounds`.
 
     Args:
@@ -87,8 +77,7 @@ def train_together(
         for ours in clients.values()
         for name, splits in ours.items()
     ]
-    history = run_rounds(InProcess(members), plan, model, out, watch=watch)
-    return Ran(history=history, traffic=traffic(out / LEDGER))
+    return run_rounds(InProcess(members), plan, model, out, watch=watch)
 
 
 def traffic(ledger: Path) -> dict[str, Carried]:
