@@ -88,7 +88,8 @@ TABLES = {
 }
 PARTS = {
     "training": ("training", figures.BLUE),
-    "answering": ("scoring and transport", figures.SKY),
+    "scoring": ("scoring", figures.SKY),
+    "transport": ("transport", figures.ORANGE),
     "waiting": ("waiting for the others", figures.GREY),
     "aggregation": ("aggregation", figures.VERMILION),
     "writing": ("writing", figures.PURPLE),
@@ -460,10 +461,13 @@ def time_split(history: History) -> dict[str, float]:
     for done in history.rounds:
         clock = done.seconds.get("select", 0.0) + done.seconds.get("train", 0.0)
         heard = [part for part in done.parts if part.seconds]
-        training = fmean(part.seconds_training for part in heard) if heard else 0.0
-        answering = fmean(part.seconds for part in heard) if heard else 0.0
+        training, scoring, answering = (
+            fmean(getattr(part, name) for part in heard) if heard else 0.0
+            for name in ("seconds_training", "seconds_scoring", "seconds")
+        )
         spent["training"] += training
-        spent["answering"] += max(0.0, answering - training)
+        spent["scoring"] += scoring
+        spent["transport"] += max(0.0, answering - training - scoring)
         spent["waiting"] += max(0.0, clock - answering)
         spent["aggregation"] += done.seconds.get("aggregate", 0.0)
         spent["writing"] += done.seconds.get("write", 0.0)
