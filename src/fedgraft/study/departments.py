@@ -60,7 +60,7 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Departments:
     if study.kind != "departments":
         raise StudyError(
             f"{study.name}: expected a study of departments (`federation` with `rules`), found one "
-            f"of {study.kind}; run it with `fedgraft study run`"
+            f"of {study.kind}; run it with fedgraft.study.{study.kind}.run"
         )
     _Departments(study, out, say).everything()
     return Departments.load(out)
