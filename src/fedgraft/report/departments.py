@@ -90,7 +90,7 @@ PARTS = {
     "training": ("training", figures.BLUE),
     "scoring": ("scoring", figures.SKY),
     "transport": ("transport", figures.ORANGE),
-    "waiting": ("waiting for the others", figures.GREY),
+    "waiting": ("waiting", figures.GREY),
     "aggregation": ("aggregation", figures.VERMILION),
     "writing": ("writing", figures.PURPLE),
 }
@@ -503,7 +503,7 @@ def _time_plot(federations: Sequence[Together]) -> Plot | None:
     return Plot(
         title="Where the time of the rounds went",
         svg=figures.shares(series, list(times), duration),
-        caption=f"On the clock, as the mean client sees it.{turns}",
+        caption=f"On the clock, as the mean client sees it: waiting is for the others.{turns}",
     )
 
 

@@ -294,7 +294,7 @@ def shares(series: Sequence[Series], groups: Sequence[str], words: Callable[[flo
     """
     with mpl.rc_context(STYLE):
         rows = (len(series) + 2) // 3
-        figure, axes = _plot(0.5 + 0.42 * len(groups) + 0.22 * rows)
+        figure, axes = _plot(0.7 + 0.42 * len(groups) + 0.24 * rows)
         ends = [0.0] * len(groups)
         for row in series:
             for place, value in enumerate(row.x):
