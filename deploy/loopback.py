@@ -19,7 +19,6 @@ deployment that runs:
 import argparse
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -179,16 +178,16 @@ class Loopback:
         self.until(lambda: self.answers(self.proxy_port, "/") == 404, "proxy")
 
     def start_resident(self, client: str) -> None:
-        self.start(
-            f"resident {client}",
-            sys.executable,
-            Path(__file__).absolute(),
-            f"--resident={client}",
-            f"--model={self.model}",
-            f"--text={self.texts[client].absolute()}",
-            f"--out={self.work / 'clients' / client}",
-            f"--socket={self.socket(client)}",
+        """The client's file, as a department writes it, and the command that reads it."""
+        file = self.client_file(client)
+        file.write_text(
+            f"name: {client}\n"
+            f"model: {self.model}\n"
+            f"corpus: [{self.texts[client].absolute()}]\n"
+            f"state: state-{client}\n"
         )
+        command = (sys.executable, "-m", "fedgraft", "federate", "serve", file)
+        self.start(f"resident {client}", *command, f"--socket={self.socket(client)}")
 
     def start_node(
         self, client: str, *, key: Path | None = None, authority: Path | None = None
@@ -308,6 +307,9 @@ class Loopback:
     def socket(self, client: str) -> Path:
         return self.work / "s" / client
 
+    def client_file(self, client: str) -> Path:
+        return self.work / "clients" / f"{client}.yaml"
+
     def key(self, client: str, suffix: str = "") -> Path:
         return self.work / "keys" / f"{client}{suffix}"
 
@@ -350,19 +352,6 @@ def history_of(out: Path) -> History | None:
     return None
 
 
-def reside(name: str, model: Path, text: Path, state: Path, place: Path) -> None:
-    """What a resident does; `fedgraft federate serve` is the command for it."""
-    from fedgraft.federation.client import Client
-    from fedgraft.federation.resident import serve
-    from fedgraft.federation.workplace import Workplace
-    from fedgraft.text.corpus import Corpus
-
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
-    splits = Corpus.load(text).split()
-    workplace = Workplace(model)
-    serve(Client(name, workplace, splits.train, splits.test, state), place)
-
-
 def departments(folder: Path) -> dict[str, Path]:
     """Three clients' pages of the fictional company."""
     from fedgraft.pocket.company import write_company
@@ -388,13 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a whole deployment on this machine")
     parser.add_argument("--out", type=Path, default=Path("runs/loopback"))
     parser.add_argument("--rounds", type=int, default=2)
-    for hidden in ("resident", "model", "text", "socket"):
-        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.resident:
-        return reside(
-            given.resident, Path(given.model), Path(given.text), given.out, Path(given.socket)
-        )
     from fedgraft.pocket.weights import folder
 
     texts = departments(given.out / "company")
@@ -413,7 +396,6 @@ def main() -> None:
                 f"{part.bytes_down / 1e6:.2f} MB down, {part.bytes_up / 1e6:.2f} MB up"
             )
     print(f"adapters are in {rounds / 'adapters'}; everything was taken down")  # noqa: T201
-    return None
 
 
 if __name__ == "__main__":

@@ -26,13 +26,11 @@ from safetensors.numpy import load_file
 
 from fedgraft.errors import FederationError
 from fedgraft.federation import flower
-from fedgraft.federation.client import Client
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import run_rounds
-from fedgraft.federation.workplace import Workplace
+from fedgraft.study.federation import ClientFile
 from fedgraft.testing import TEXT, save_tiny
-from fedgraft.text.corpus import Corpus
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 NAMES = ("finance-1", "hr-1", "it-1")
@@ -91,10 +89,10 @@ def in_process(up: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def adapter(num_rounds: int) -> Path:
         if num_rounds not in made:
             folder = tmp_path_factory.mktemp("in-process")
-            place, clients = Workplace(up.model), []
-            for name, text in up.texts.items():
-                splits = Corpus.load(text).split()
-                clients.append(Client(name, place, splits.train, splits.test, folder / name))
+            clients = []
+            for name in NAMES:
+                own = ClientFile.load(up.client_file(name), {})
+                clients.append(own.model_copy(update={"state": folder / name}).client())
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as the residents have: sums depend on it
             run_rounds(InProcess(clients), plan(num_rounds), up.model, folder / "out")
@@ -164,6 +162,30 @@ def test_the_adapter_is_that_of_one_process_to_the_bit(
     assert {part.client for part in history.final if part.counted} == set(NAMES)
     assert all(part.bytes_up > 0 for done in history.rounds for part in done.parts)
     same_to_the_bit(out, in_process(2))
+
+
+@pytest.mark.slow
+def test_the_command_of_a_federation_runs_it_over_flower(up: Loopback) -> None:
+    """`fedgraft federate PLAN --superlink NAME`, from the plan to the page."""
+    out, file = up.work / "run-command", up.work / "federation.yaml"
+    departments = {name.removesuffix("-1"): str(up.texts[name]) for name in NAMES}
+    listed = "\n".join(f"  {d}: {{ corpus: [{text}] }}" for d, text in departments.items())
+    file.write_text(
+        f"name: three\nmodel: {up.model}\ndepartments:\n{listed}\nnum_rounds: 1\n"
+        "training: { num_tokens: 256, learning_rate: 1.0e-2, rank: 2, batch_tokens: 64 }\n"
+        "row_length: 32\nwindow: 32\n"
+    )
+    command = [sys.executable, "-m", "fedgraft", "federate", file, "--out", out]
+    done = subprocess.run(
+        [*command, "--superlink", loopback.NAME],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FLWR_HOME": str(up.home)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(place.name for place in (out / "adapters").iterdir()) == sorted(departments)
+    assert "over Flower" in (out / "report.html").read_text() or done.stdout
 
 
 @pytest.mark.slow

@@ -182,6 +182,15 @@ def test_equal_tensors_of_many_questions_are_held_once() -> None:
     assert len(held) == 2  # float32 and float16
 
 
+@pytest.mark.parametrize("size", [9, 11])
+def test_numbers_and_their_table_agree_to_the_last(size: int) -> None:
+    answer = Answer(client="hr-1", kind="adapter", round=3, payload=tensors())
+    records = answer_records(answer, nonce="n")
+    records.array_records["arrays"]["float32"] = Array(np.ones(size, np.float32))
+    with pytest.raises(FederationError, match=rf"10 numbers of float32 in a message, found {size}"):
+        answer_of(records, question(), client="hr-1", nonce="n")
+
+
 # ─── Asking ───────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -202,15 +202,26 @@ def test_nobody_there_is_said_with_the_remedy(tmp_path: Path) -> None:
         ask(tmp_path / "s", question(), 1)
 
 
-def test_one_who_breaks_off_is_said_with_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        (b"", r"found (0 bytes of a length|Connection reset)"),
+        ((40).to_bytes(8, "little") + b"a part of", r"expected a message of 40 bytes, found 9; th"),
+    ],
+)
+def test_one_who_breaks_off_is_said_with_the_remedy(
+    tmp_path: Path, sent: bytes, found: str
+) -> None:
     place = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place))
         listener.listen()
         if (child := os.fork()) == 0:
             connection, _ = listener.accept()
-            connection.recv(2**16)
+            while not connection.recv(2**16).endswith(question_bytes(question())[-8:]):
+                pass
+            connection.sendall(sent)
             os._exit(0)
-        with pytest.raises(FederationError, match=r"found (0 bytes of a length|Connection reset)"):
+        with pytest.raises(FederationError, match=found):
             ask(place, question(), 20)
         os.waitpid(child, 0)
