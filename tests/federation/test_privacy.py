@@ -138,16 +138,16 @@ def test_noise_has_the_deviation_that_the_accountant_was_told(
             noised(updates, zeros, privacy, num_rounds=5, num_expected=num_expected, seed=3), size
         )
     ) / (multiplier * max_norm / num_expected)
-    margin = 5 if not repeatable else 3  # standard errors; with a seed there is one outcome
+    margin = 3 if repeatable else 6  # standard errors; with a seed there is one outcome
     assert abs(noise.std() - 1) < margin / math.sqrt(2 * noise.size)
     assert abs(noise.mean()) < margin / math.sqrt(noise.size)
-    assert _distance_to_normal(noise) < 2 / math.sqrt(noise.size)
-    a, b = np.split(noise, 2)
-    assert abs(np.corrcoef(a, b)[0, 1]) < margin / math.sqrt(a.size)
+    assert _distance_to_normal(noise) < (2 if repeatable else 3) / math.sqrt(noise.size)
+    quarters = np.corrcoef(np.split(noise, 4))  # sines and cosines of one angle among them
+    assert np.abs(quarters - np.eye(4)).max() < (margin + 1) / math.sqrt(noise.size / 4)
 
 
 def _distance_to_normal(numbers: NDArray[np.float64]) -> float:
-    """Kolmogorov and Smirnov's; above 2 / sqrt n once in 1,500 draws."""
+    """Kolmogorov and Smirnov's; above 3 / sqrt n once in 30 million draws."""
     found = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in np.sort(numbers)])
     steps = np.arange(numbers.size + 1) / numbers.size
     return float(max((steps[1:] - found).max(), (found - steps[:-1]).max()))
@@ -225,7 +225,9 @@ def _normal_loss_delta(mu: float, epsilon: float) -> float:
     """delta of N(mu, 1) and N(0, 1): the integral of max(0, p - e^epsilon q), summed up."""
     x = np.linspace(mu - 12, mu + 12, 100_001)
     here, there = (-((x - at) ** 2) / 2 - math.log(2 * math.pi) / 2 for at in (mu, 0.0))
-    surplus = np.where(here > there + epsilon, -np.expm1(np.minimum(there + epsilon - here, 0)), 0.0)
+    surplus = np.where(
+        here > there + epsilon, -np.expm1(np.minimum(there + epsilon - here, 0)), 0.0
+    )
     return float(np.trapezoid(np.exp(here) * surplus, x))
 
 
