@@ -148,6 +148,12 @@ def test_clusters_do_not_depend_on_the_order_of_departments(
     assert sorted(name for cluster in expected for name in cluster) == names
 
 
+def test_of_equal_pairs_the_first_by_name_is_joined() -> None:
+    for names in (["a", "b", "c", "d"], ["d", "b", "a", "c"]):
+        found = clustered(names, np.full((4, 4), 0.5), num_clusters=3)
+        assert found == (("a", "b"), ("c",), ("d",))
+
+
 def test_two_families_of_departments_are_found() -> None:
     one, other = tensors_of(1), tensors_of(2)
     adapters = {
