@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 10.0
+_silent = ContextVar("silent", default=False)
 
 
 class Advance(Protocol):
@@ -25,10 +27,20 @@ def progress(label: str, total: float | None, unit: str) -> Iterator[Advance]:
 
     Where nobody knows the total (None), how many units are done.
     """
-    if not is_first():
+    if _silent.get() or not is_first():
         yield lambda *_, **__: None
     else:
         yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Show no progress of what is done inside: whoever calls shows its own."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def is_first() -> bool:

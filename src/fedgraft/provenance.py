@@ -35,6 +35,7 @@ Kind = Literal[
     "company",
     "corpus",
     "rows",
+    "round",
 ]
 
 

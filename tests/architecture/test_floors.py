@@ -45,7 +45,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "safetensors": (
         "weights/",
         "models.py",  # what torch saves and loads
-        "training/state.py",
+        "training/",
         "federation/message.py",
     ),
     "sklearn": "selection/",

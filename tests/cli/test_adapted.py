@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from safetensors.numpy import save_file
 from tests.weights.checkpoints import random_tensors, save
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fedgraft.cli.main import app
 from fedgraft.weights.adapted import Adapted

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from tests.weights.checkpoints import nudged, random_tensors, save
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fedgraft.cli.main import app
 from fedgraft.provenance import Record

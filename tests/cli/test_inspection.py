@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from tests.weights.checkpoints import nudged, random_tensors, save
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fedgraft.cli.main import app
 from fedgraft.weights.family import Family

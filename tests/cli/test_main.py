@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from tests.study.small import write_material, write_study
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fedgraft.cli.main import ORDER, app
 

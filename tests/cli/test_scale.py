@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from tests.study.small import write_material
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fedgraft.cli.main import app
 

@@ -60,7 +60,7 @@ def answers() -> dict[Kind, dict[str, object]]:
             A: random(2, 24),
             B: np.zeros((16, 2), np.float32),
             "num_examples": 12,
-            "nats_per_token": 2.25,
+            "loss": 2.25,
         },
         "scores": {"global/right": 0.5, "graft/nats_per_token": 3.0, "num_tokens": 900},
     }
@@ -73,7 +73,7 @@ def test_an_answer_of_each_kind_passes_and_is_described() -> None:
         Item(name="counts", dtype="int64", shape=(3,)),
         Item(name="num_examples", dtype="int"),
     )
-    assert {item.name for item in named["adapter"]} == {A, B, "num_examples", "nats_per_token"}
+    assert {item.name for item in named["adapter"]} == {A, B, "num_examples", "loss"}
     assert sum(item.num_bytes for item in named["centroids"]) == 4 * 24 + 8 * 3 + 8
 
 
@@ -82,16 +82,23 @@ def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
     assert {kind: sorted(keys) for kind, keys in COUNTS.items()} == {
         "sizes": ["num_documents", "num_examples", "num_tokens"],
         "centroids": ["num_examples"],
-        "adapter": ["num_examples", "num_steps", "num_tokens"],
+        "adapter": ["num_examples", "num_scored", "num_steps", "num_tokens"],
         "scores": ["num_documents", "num_examples", "num_prompts", "num_tokens"],
     }
     assert {kind: len(keys) for kind, keys in FIGURES.items()} == {
         "sizes": 0,
         "centroids": 0,
-        "adapter": 2,
+        "adapter": 6,
         "scores": 40,
     }
-    assert sorted(FIGURES["adapter"]) == ["nats_per_token", "seconds"]
+    assert sorted(FIGURES["adapter"]) == [
+        "client/nats_per_token",
+        "department/nats_per_token",
+        "global/nats_per_token",
+        "graft/nats_per_token",
+        "loss",
+        "seconds",
+    ]
     assert {key.split("/")[0] for key in FIGURES["scores"]} == {
         "graft",
         "global",
@@ -214,10 +221,10 @@ REFUSED: list[tuple[Kind, dict[str, object], str]] = [
     ("sizes", {"num_examples": True}, "plain int for num_examples, found a bool"),
     ("sizes", {"num_examples": np.int64(3)}, "plain int for num_examples, found a int64"),
     ("sizes", {"name": "hr"}, "only num_documents, .* found 'name' \\(a str\\); .* Take it out"),
-    ("adapter", {"nats_per_token": 2}, "plain float for nats_per_token, found a int"),
-    ("adapter", {"nats_per_token": np.float64(2)}, "plain float .* found a float64"),
-    ("adapter", {"nats_per_token": float("nan")}, "to be finite and at most 1e\\+06"),
-    ("adapter", {"nats_per_token": -2 * LARGEST}, "at most 1e\\+06 in magnitude"),
+    ("adapter", {"loss": 2}, "plain float for loss, found a int"),
+    ("adapter", {"loss": np.float64(2)}, "plain float .* found a float64"),
+    ("adapter", {"loss": float("nan")}, "to be finite and at most 1e\\+06"),
+    ("adapter", {"loss": -2 * LARGEST}, "at most 1e\\+06 in magnitude"),
     (
         "adapter",
         {"secret.lora_A.weight": random(2, 24)},

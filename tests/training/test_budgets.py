@@ -1,10 +1,9 @@
-"""Laws of what a run leaves on its way, of low-rank pre-training, of what a client would send."""
+"""Laws of what a run leaves on its way, of low-rank pre-training."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -17,10 +16,8 @@ from fedgraft.testing import save_tiny, tiny_model
 from fedgraft.text.packing import Rows
 from fedgraft.training import trainer
 from fedgraft.training.pretrain import (
-    apply_change,
     budget_path,
     continue_pretraining,
-    train_change,
 )
 from fedgraft.training.settings import Lora, PretrainSettings, TrainingSettings
 from fedgraft.training.trainer import train
@@ -178,54 +175,6 @@ def test_low_rank_pre_training_writes_what_the_trained_model_computes(
 def test_low_rank_factors_are_not_shared_out(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="found LoRA; leave out one of the two"):
         continue_pretraining(checkpoint, rows, tmp_path / "out", given(lora=Lora()), sharded=True)
-
-
-@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["full", "low rank"])
-def test_what_one_client_sends_gives_what_local_training_gives(
-    checkpoint: Path, rows: Rows, tmp_path: Path, lora: Lora | None
-) -> None:
-    settings = given(lora=lora)
-    local = continue_pretraining(checkpoint, rows, tmp_path / "local", settings)
-
-    def opened() -> Any:
-        model = open_model(checkpoint)
-        if lora is None:
-            return model
-        from fedgraft.training.adapter import add_factors
-
-        return add_factors(model, lora, settings.seed)
-
-    sent, outcome = train_change(opened(), rows, settings, tmp_path / "client", label="client")
-    assert outcome.num_steps > 3
-    mean = {name: np.mean([values], axis=0) for name, values in sent.items()}
-    server = opened()
-    apply_change(server, mean)
-    merged = server.merge_and_unload() if lora else server
-    for name, tensor in weights_of(local).items():
-        found = merged.state_dict()[name]
-        if lora:
-            torch.testing.assert_close(found, tensor, atol=1e-7, rtol=1e-5)
-        else:
-            assert torch.equal(found, tensor), name
-
-
-@pytest.mark.parametrize("fault", ["missing", "shape", "too much"])
-def test_a_change_of_another_model_is_refused_by_tensor(fault: str) -> None:
-    model = tiny_model()
-    change = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    name = "model.norm.weight"
-    match fault:
-        case "missing":
-            del change[name]
-        case "shape":
-            change[name] = change[name][:-1]
-        case "too much":
-            name = "model.strange"
-            change[name] = np.zeros(3, np.float32)
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TrainingError, match=f"expected tensor '{name}' with shape .*another model"):
-        apply_change(model, change)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_warm_up_stable_decay_rises_stays_and_falls(rows: Rows, tmp_path: Path) -> None:

@@ -121,6 +121,13 @@ def adapter(layers: Iterable[Layer], size: Size) -> dict[str, Floats]:
     return {name: tensor for layer in layers for name, tensor in layer.adapters[size].items()}
 
 
+def added_up(earlier: Iterable[Change], change: Change) -> Change:
+    """The sum of changes of one layer, as one: stacked, or multiplied out where that is smaller."""
+    terms = ((one.left.astype(np.float64), one.right.astype(np.float64)) for one in earlier)
+    last = (change.left.astype(np.float64), change.right.astype(np.float64))
+    return _narrowed(*_summed([*terms, last]))
+
+
 def _layer(module: str, updates: Sequence[Update], rule: Rule, sizes: Sequence[Size]) -> Layer:
     match rule:
         case "fedavg":

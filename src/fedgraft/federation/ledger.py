@@ -7,7 +7,7 @@
     kind        arrays                                  counts              figures
     sizes       -                                       num_examples, ...   -
     centroids   centroids [k, d], counts [k]            num_examples        -
-    adapter     the tensors that the server named       num_examples, ...   nats_per_token, seconds
+    adapter     the tensors that the server named       num_examples, ...   loss, seconds, scores
     scores      -                                       num_examples, ...   global/right, ...
 
 An array is float32 or float16, its numbers finite; counts alone are int64. A count is an int, a
@@ -67,14 +67,14 @@ SCORES = (
 COUNTS: Mapping[Kind, frozenset[str]] = {
     "sizes": frozenset({"num_examples", "num_documents", "num_tokens"}),
     "centroids": frozenset({"num_examples"}),
-    "adapter": frozenset({"num_examples", "num_tokens", "num_steps"}),
+    "adapter": frozenset({"num_examples", "num_tokens", "num_steps", "num_scored"}),
     "scores": frozenset({"num_examples", "num_documents", "num_tokens", "num_prompts"}),
 }
 """Plain ints from 0 to MAX_COUNT."""
 FIGURES: Mapping[Kind, frozenset[str]] = {
     "sizes": frozenset(),
     "centroids": frozenset(),
-    "adapter": frozenset({"nats_per_token", "seconds"}),
+    "adapter": frozenset({"loss", "seconds", *(f"{model}/nats_per_token" for model in MODELS)}),
     "scores": frozenset(f"{model}/{score}" for model in MODELS for score in SCORES),
 }
 """Plain floats up to LARGEST in magnitude."""

@@ -78,6 +78,9 @@ class Answer:
 class Exchange(Protocol):
     """Carries questions to clients: in one process, or over Flower."""
 
+    transport: str
+    """`in process` or `flower`."""
+
     @property
     def clients(self) -> tuple[str, ...]:
         """Who can be asked now, sorted."""

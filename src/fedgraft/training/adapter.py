@@ -4,13 +4,17 @@ The only caller of peft. An adapter is bound to the weights it was trained on by
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.numpy import save_file
 
 from fedgraft.errors import ResidualError, TrainingError
 from fedgraft.models import open_model, saving
@@ -125,6 +129,84 @@ def add_factors(model: "PreTrainedModel", settings: Lora, seed: int) -> PeftMode
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+Factors = Mapping[str, NDArray[Any]]
+"""PEFT's name, `base_model.model.LAYER.lora_A.weight` -> the tensor: of all layers, A and B."""
+
+
+def factors(adapted: PeftModel) -> dict[str, NDArray[np.float32]]:
+    """The factors as they stand, copied: the values, not differences.
+
+    So the mean over one client of a federation is that client's adapter, bit for bit.
+    """
+    state = get_peft_model_state_dict(adapted)
+    return {name: state[name].detach().float().cpu().numpy().copy() for name in sorted(state)}
+
+
+def set_factors(adapted: PeftModel, tensors: Factors) -> None:
+    """Put factors into a model that has some of their size.
+
+    Raises TrainingError naming a tensor that is missing, too much, or of another shape; the model
+    is then as it was.
+    """
+    own = get_peft_model_state_dict(adapted)
+    for name in sorted(own.keys() | tensors.keys()):
+        found = tensors[name].shape if name in tensors else None
+        expected = tuple(own[name].shape) if name in own else None
+        if found != expected:
+            raise TrainingError(
+                f"expected tensor {name!r} with shape {expected}, found {found} (None is missing); "
+                "the adapter is another model's, or of another rank"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():  # these are the parameters themselves
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+
+
+def plain_model(adapted: PeftModel) -> "PreTrainedModel":
+    """The model without its factors; `adapted` is used up."""
+    plain: PreTrainedModel = adapted.unload()
+    return plain
+
+
+def write_adapter(
+    out: Path, tensors: Factors, scale: float, record: Record, *, overwrite: bool = False
+) -> Path:
+    """Write factors as a PEFT directory; ranks may differ from layer to layer.
+
+    Args:
+        scale: alpha / r, the same in every layer: its change is scale * B A.
+
+    Raises ArtefactError where `out` exists or cannot be written.
+    """
+    ranks = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in sorted(tensors.items())
+        if name.endswith(".lora_A.weight")
+    }
+    rank = next(iter(ranks.values()))
+    others = {layer: r for layer, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=sorted(ranks),
+        rank_pattern=others,
+        alpha_pattern={layer: scale * r for layer, r in others.items()},
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    with new_artefact(out, overwrite=overwrite) as partial:
+        with saving(partial):
+            config.save_pretrained(partial)
+            save_file(
+                {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())},
+                partial / "adapter_model.safetensors",
+                metadata={"format": "pt"},
+            )
+        _forget_path(partial)
+        record.write(partial)
+    return out
 
 
 def _forget_path(folder: Path) -> None:

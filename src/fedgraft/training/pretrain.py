@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedgraft.errors import ArtefactError, TrainingError
 from fedgraft.models import open_model, open_tokenizer, save_model
@@ -21,15 +19,12 @@ from fedgraft.text.packing import Rows, mix
 from fedgraft.training.processes import artefact_of_the_first
 from fedgraft.training.settings import PretrainSettings, TrainingSettings
 from fedgraft.training.state import Tensors, remove_work, whole_tensors, work_directory
-from fedgraft.training.trainer import TrainingOutcome, steps_of, train
+from fedgraft.training.trainer import steps_of, train
 from fedgraft.training.watch import Watcher
 from fedgraft.weights.checkpoint import CONFIG_DTYPES, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Change = Mapping[str, NDArray[Any]]
-"""What training moved, by name: the parameters, or the factors of LoRA, as they are afterwards."""
 
 
 def continue_pretraining(
@@ -89,42 +84,6 @@ def continue_pretraining(
     if is_first():
         remove_work(out)
     return out
-
-
-def train_change(
-    model: "PreTrainedModel", rows: Rows, settings: TrainingSettings, workdir: Path, *, label: str
-) -> tuple[Change, TrainingOutcome]:
-    """Train in place and return what moved: what a client of a federation sends.
-
-    The values themselves, not differences, so that the mean over one client is that client's, bit
-    for bit. Raises as `train` does.
-    """
-    outcome = train(model, rows, settings, workdir, label=label)
-    moved = {
-        name: parameter.detach().cpu().numpy().copy()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    return moved, outcome
-
-
-def apply_change(model: "PreTrainedModel", change: Change) -> None:
-    """Put what `train_change` returned, or a mean of such, into a model that is made alike.
-
-    Raises TrainingError naming a tensor that is missing, too much, or of another shape.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name in sorted(own.keys() | change.keys()):
-        found = change[name].shape if name in change else None
-        expected = tuple(own[name].shape) if name in own else None
-        if found != expected:
-            raise TrainingError(
-                f"expected tensor {name!r} with shape {expected}, found {found} (None is missing); "
-                "the change is another model's"
-            )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(change[name])))
 
 
 def budget_path(out: Path, budget: int) -> Path:

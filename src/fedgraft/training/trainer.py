@@ -81,6 +81,7 @@ def train(
     leave: Mapping[int, Leave] = MappingProxyType({}),
     sharded: bool = False,
     watchers: tuple[Watcher, ...] = (),
+    proximal: float = 0.0,
 ) -> TrainingOutcome:
     """Train the model's trainable parameters in place; resumes from `workdir` where it can.
 
@@ -92,6 +93,8 @@ def train(
         sharded: Share out parameters, gradients and optimizer state (FSDP2) among the processes
             that `torchrun` started.
         watchers: Where else losses and learning rates are reported to.
+        proximal: Minimise loss + proximal / 2 ||w - start||^2 (FedProx, arXiv 1812.06127). The pull
+            is added behind the clipping of gradients, so that it is never clipped away.
 
     Raises NonFiniteError where the loss turns NaN or Inf (naming the step), TrainingError where it
     rises far above where it began, where there is nothing to learn, a budget is below one row, or a
@@ -132,6 +135,8 @@ def train(
         seen = np.add.accumulate(rows.lengths[order].reshape(num_steps, -1).sum(1))
         at = {steps_of(tokens, rows, settings): act for tokens, act in leave.items()}
         trainer.add_callback(_Leave({step: (act, int(seen[step - 1])) for step, act in at.items()}))
+        if proximal:
+            trainer.add_callback(_Pull(model, proximal))
         if "tensorboard" in watchers and is_first():
             trainer.add_callback(_board(workdir))
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -304,6 +309,20 @@ class _Leave(TrainerCallback):  # type: ignore[misc]
         if state.global_step in self._at:
             act, num_tokens = self._at[state.global_step]
             act(model, num_tokens)
+
+
+class _Pull(TrainerCallback):  # type: ignore[misc]
+    """Pulls what is trained towards where it stood before the first step."""
+
+    def __init__(self, model: "PreTrainedModel", strength: float) -> None:
+        self._strength = strength
+        self._starts = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for parameter, start in self._starts:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - start, alpha=self._strength)
 
 
 class _Ordered(Dataset[Any]):

@@ -1,0 +1,255 @@
+"""A client: private text, and the answers that it gives; nothing else leaves it.
+
+    Question ──> Client.answer ──> Answer
+                   │  text, model, own factors on its disk
+                   └─ its log: the reason of each fault, which stays here
+
+    sizes       the model and the tokenizer are compared by hash, then counts
+    adapter     scores what it got, trains it, scores what it made; sends the factors asked for.
+                With `own` nothing is trained: it sends factors that it kept
+    scores      scores what it got
+
+A factor that a question lacks is the client's own of an earlier round (FedSA-LoRA's B, FFA-LoRA's
+A). What it made it keeps, two rounds of it: that is its personal adapter. The same question gets
+the same answer, also a second time: seeds come from the plan's, the client's name and the round,
+and own factors are those of a round before the one that is asked.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedgraft.errors import (
+    CorpusError,
+    EvaluationError,
+    FederationError,
+    FedgraftError,
+    NonFiniteError,
+)
+from fedgraft.evaluation.perplexity import Perplexity
+from fedgraft.federation.aggregate import Change
+from fedgraft.federation.ledger import allow
+from fedgraft.federation.message import Answer, Fault, Question, Value, narrowed, widened
+from fedgraft.federation.standing import Stored, changes_of, factors_of, save_tensors
+from fedgraft.federation.task import Task
+from fedgraft.federation.update import BOTH, Factor, Tensors
+from fedgraft.federation.workplace import Workplace
+from fedgraft.provenance import derive_seed
+from fedgraft.text.corpus import Document
+from fedgraft.text.packing import Rows, pack
+from fedgraft.weights.arithmetic import Floats
+
+Shapes = Mapping[str, tuple[int, ...]]
+log = logging.getLogger(__name__)
+NUM_KEPT = 2
+"""Rounds whose factors a client keeps."""
+
+
+class _RefusedError(FederationError):
+    """A question that this client does not answer; `fault` is all that the server learns."""
+
+    def __init__(self, fault: Fault, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class Client:
+    """One participant."""
+
+    def __init__(
+        self,
+        name: str,
+        workplace: Workplace,
+        train: Sequence[Document],
+        held_out: Sequence[Document],
+        state: Path,
+    ) -> None:
+        """
+        Args:
+            train: What it trains on.
+            held_out: What it scores adapters on; nothing of it is trained on.
+            state: A folder of its own: factors that it keeps, training that was interrupted.
+        """
+        self.name = name
+        self._workplace = workplace
+        self._train, self._held_out = tuple(train), tuple(held_out)
+        self._state = state
+        self._rows: dict[int, Rows] = {}
+
+    def answer(self, question: Question) -> Answer:
+        """Answer a question, or say in one word why not; the reason goes to the log alone."""
+        try:
+            payload, shapes = self._answered(question)
+            allow(question.kind, payload, tensors=shapes)
+        except FedgraftError as error:
+            fault = _fault_of(error)
+            log.warning("%s, round %d: %s: %s", self.name, question.round, fault, error)
+            return Answer(client=self.name, kind=question.kind, round=question.round, fault=fault)
+        return Answer(client=self.name, kind=question.kind, round=question.round, payload=payload)
+
+    def _answered(self, question: Question) -> tuple[dict[str, Value], Shapes]:
+        task, number = Task.of(question.settings), question.round
+        self._check_model(task)
+        tensors = widened(question.tensors)
+        match question.kind:
+            case "sizes":
+                return self._sizes(task), {}
+            case "adapter" if task.own:
+                return self._own(task, number)
+            case "adapter":
+                return self._made(task, tensors, number)
+            case "scores":
+                return self._scores(task, tensors, number), {}
+        raise _RefusedError("refused", f"expected another question, found one for {question.kind}")
+
+    def _check_model(self, task: Task) -> None:
+        if task.model != (own := self._workplace.content_hash):
+            raise _RefusedError(
+                "other model",
+                f"expected the model {task.model[:19]} of the federation, found {own[:19]} here; "
+                "put the federation's model in its place",
+            )
+        if task.tokenizer != (own := self._workplace.tokenizer_hash):
+            raise _RefusedError(
+                "other tokenizer",
+                f"expected the tokenizer {task.tokenizer[:19]} of the federation, found {own[:19]} "
+                "here; copy its tokenizer beside the model",
+            )
+
+    def _sizes(self, task: Task) -> dict[str, Value]:
+        if not self._train or not self._held_out:
+            raise _RefusedError(
+                "no data",
+                f"expected documents to train on and to hold out, found {len(self._train)} and "
+                f"{len(self._held_out)}; add documents",
+            )
+        return {
+            "num_examples": len(self._train),
+            "num_documents": len(self._train) + len(self._held_out),
+            "num_tokens": self._packed(task).num_tokens,
+        }
+
+    def _made(self, task: Task, tensors: Tensors, number: int) -> tuple[dict[str, Value], Shapes]:
+        if task.training is None:
+            raise _RefusedError("refused", "expected settings of training, found none")
+        changes, start = changes_of(tensors), self._completed(factors_of(tensors), number)
+        seed = derive_seed(task.seed, self.name, number)
+        scores: dict[str, Value] = {}
+        if task.scored:
+            measured = self._scored(task, start, changes)
+            scores[f"{task.scored}/nats_per_token"] = measured.nats_per_token
+        made, outcome = self._workplace.train(
+            task.size,
+            start,
+            changes,
+            self._packed(task),
+            task.training.model_copy(update={"seed": seed}),
+            self._state / f"training-{number:04d}",
+            trained=task.factors_trained,
+            proximal=task.proximal,
+            label=f"{self.name}, round {number}",
+        )
+        measured = self._scored(task, made, changes)
+        self._keep(made, number)
+        sent = _factors_in(made, task.factors_sent)
+        payload: dict[str, Value] = {
+            **narrowed(sent, task.wire),
+            **scores,
+            "client/nats_per_token": measured.nats_per_token,
+            "num_scored": measured.num_tokens,
+            "num_examples": len(self._train),
+            "num_tokens": outcome.num_tokens,
+            "num_steps": outcome.num_steps,
+            "loss": float(outcome.losses[-1][1]),
+            "seconds": outcome.seconds,
+        }
+        return payload, _shapes(sent)
+
+    def _own(self, task: Task, number: int) -> tuple[dict[str, Value], Shapes]:
+        """Factors of the last round before this one that it trained in."""
+        sent = _factors_in(self._kept(number), task.factors_sent)
+        return {**narrowed(sent, task.wire), "num_examples": len(self._train)}, _shapes(sent)
+
+    def _scores(self, task: Task, tensors: Tensors, number: int) -> dict[str, Value]:
+        if not task.scored:
+            raise _RefusedError("refused", "expected the name of what is to be scored, found none")
+        start = self._completed(factors_of(tensors), number)
+        measured = self._scored(task, start, changes_of(tensors))
+        return {
+            f"{task.scored}/nats_per_token": measured.nats_per_token,
+            f"{task.scored}/bits_per_byte": measured.bits_per_byte,
+            "num_tokens": measured.num_tokens,
+            "num_documents": len(self._held_out),
+        }
+
+    def _scored(self, task: Task, tensors: Tensors, changes: Mapping[str, Change]) -> Perplexity:
+        return self._workplace.score(
+            task.size,
+            tensors,
+            changes,
+            self._held_out,
+            window=task.window,
+            label=f"{self.name}: held-out text",
+        )
+
+    def _packed(self, task: Task) -> Rows:
+        if task.row_length not in self._rows:
+            self._rows[task.row_length] = pack(
+                self._workplace.tokenizer,
+                self._train,
+                task.row_length,
+                seed=derive_seed(task.seed, self.name),
+                num_positions=self._workplace.num_positions,
+            )
+        return self._rows[task.row_length]
+
+    def _completed(self, tensors: Mapping[str, Floats], number: int) -> Mapping[str, Floats]:
+        """Factors, those that a question lacks taken from what the client kept."""
+        named = {factor: _factors_in(tensors, (factor,)) for factor in BOTH}
+        lacking = [factor for factor in BOTH if not named[factor]]
+        if not lacking:
+            return tensors
+        return {**tensors, **_factors_in(self._kept(number), lacking)}
+
+    def _keep(self, made: Mapping[str, Floats], number: int) -> None:
+        self._state.mkdir(parents=True, exist_ok=True)
+        save_tensors(self._state / f"adapter-{number:04d}.safetensors", made)
+        for old in sorted(self._state.glob("adapter-*.safetensors"))[:-NUM_KEPT]:
+            old.unlink()
+
+    def _kept(self, number: int) -> Mapping[str, Floats]:
+        files = [
+            file
+            for file in sorted(self._state.glob("adapter-*.safetensors"))
+            if int(file.stem.rpartition("-")[2]) < number
+        ]
+        if not files:
+            raise _RefusedError(
+                "refused",
+                f"expected factors of a round before {number} in {self._state}, found none; they "
+                "were lost, so let the client begin anew under another name",
+            )
+        return dict(Stored(files[-1]))
+
+
+def _fault_of(error: FedgraftError) -> Fault:
+    match error:
+        case _RefusedError():
+            return error.fault
+        case NonFiniteError():
+            return "diverged"
+        case CorpusError() | EvaluationError():
+            return "no data"
+    return "refused"
+
+
+def _shapes(tensors: Tensors) -> Shapes:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _factors_in(tensors: Mapping[str, Floats], wanted: Sequence[Factor]) -> dict[str, Floats]:
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if any(name.endswith(f".lora_{factor}.weight") for factor in wanted)
+    }

@@ -1,0 +1,642 @@
+"""Rounds: clients train, the server aggregates, and the round is kept.
+
+    sizes      once: who is there, with which model and tokenizer
+    round      select ──> train ──> check ──> aggregate ──> write
+               who        a question    each answer   a group at   rounds/0003/, whole or
+               is asked   to each       on its own    a time       not at all
+    scores     once: the last adapters on every client's held-out text
+
+A client that does not answer, or whose update is refused, is named with the reason, and the round
+goes on with the others. A group with fewer answers than the quorum keeps its last adapter, and the
+round says so. Evaluation rides on training: each client scores the adapter that it got and the one
+that it made, so that a round is one exchange.
+
+Below `out`:
+
+    rounds/NNNN/     where every group stands after a round, and the history so far; the last two
+    adapters/GROUP/  PEFT directories, when all is done
+    history.json     see `history`
+    ledger.jsonl     what left the clients, see `ledger`
+
+The same call on the same `out` goes on after the last whole round.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedgraft.errors import FederationError, ReportError
+from fedgraft.federation.aggregate import Layer, aggregate, mean_b
+from fedgraft.federation.history import History, Part, Round, means
+from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
+from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
+from fedgraft.federation.optimiser import stepped
+from fedgraft.federation.plan import Plan
+from fedgraft.federation.robust import clipped, krum, median, trimmed_mean
+from fedgraft.federation.standing import (
+    Standing,
+    Stored,
+    load_standing,
+    save_standing,
+    save_tensors,
+)
+from fedgraft.federation.task import Scored, Task
+from fedgraft.federation.update import (
+    Factor,
+    Size,
+    Template,
+    Tensors,
+    Update,
+    check,
+    layers_of,
+    ordered,
+)
+from fedgraft.federation.workplace import Workplace
+from fedgraft.provenance import Record, derive_seed, hash_json, new_artefact, told_if_unwritable
+from fedgraft.training.adapter import write_adapter
+from fedgraft.weights.arithmetic import Floats
+
+ROUNDS, ADAPTERS, HISTORY, LEDGER = "rounds", "adapters", "history.json", "ledger.jsonl"
+NUM_KEPT = 2
+"""Rounds that stay on disk."""
+FREE = {"name", "num_rounds", "timeout"}
+"""Parts of a plan that may change when a run goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """Questions went out."""
+
+    round: int
+    phase: Phase
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """A client's part in a round, as soon as it is known."""
+
+    round: int
+    phase: Phase
+    part: Part
+
+
+Event = Asked | Answered | Round
+Watch = Callable[[Event], None]
+"""Told what happens, for a live table."""
+
+
+def run_rounds(
+    exchange: Exchange,
+    plan: Plan,
+    model: str | Path,
+    out: Path,
+    *,
+    watch: Watch = lambda _: None,
+) -> History:
+    """Run all rounds of a plan and return what happened; goes on where an earlier call stopped.
+
+    Args:
+        model: The grafted model, for its hash and for the first adapter; it is only read.
+
+    Raises FederationError where a department has no client that can take part, and where `out`
+    holds a run of another plan or model; ArtefactError where `out` cannot be written.
+    """
+    with told_if_unwritable(out, left="finished rounds are kept"):
+        out.mkdir(parents=True, exist_ok=True)
+        return _Run(exchange, plan, model, out, watch).everything()
+
+
+class _Run:
+    """One run: the groups, where they stand, and what has happened so far."""
+
+    def __init__(
+        self, exchange: Exchange, plan: Plan, model: str | Path, out: Path, watch: Watch
+    ) -> None:
+        self.exchange, self.plan, self.out, self.watch = exchange, plan, out, watch
+        self.workplace = Workplace(model)
+        self.model = self.workplace.content_hash
+        self.group_of = {name: group for group, names in plan.groups.items() for name in names}
+        self.ledger = Ledger(out / LEDGER)
+        self.trained: set[str] = set()
+        self.excluded: set[str] = set()
+        self.standings: dict[str, Standing] = {}
+        self.history = History(
+            name=plan.name,
+            plan=plan.model_dump(mode="json"),
+            model=self.model,
+            transport=exchange.transport,
+        )
+
+    def everything(self) -> History:
+        if finished := self._resume():
+            return finished
+        self._ask_sizes()
+        if not self.standings:
+            self.standings = dict.fromkeys(self.plan.groups, Standing(adapters=self._fresh(0)))
+        first = next(iter(self.standings.values()))
+        self.layers = layers_of(next(iter(first.adapters.values())))
+        for number in range(len(self.history.rounds) + 1, self.plan.num_rounds + 1):
+            self._round(number)
+        return self._finish()
+
+    # ── beginning ────────────────────────────────────────────────────────────────────────────
+
+    def _resume(self) -> History | None:
+        """Take up the last whole round; the history of a run that is finished already."""
+        done = sorted((self.out / ROUNDS).glob("[0-9]*"))
+        if not done:
+            return None
+        folder = done[-1]
+        record = Record.read(folder)
+        mine = {"model": self.model, "plan": self._plan_hash}
+        if record is None or record.inputs != mine:
+            raise FederationError(
+                f"{folder}: expected a round of this plan and model, found one of "
+                f"{'another' if record else 'none'}; take up its plan again or choose another --out"
+            )
+        history = _load_history(folder / HISTORY)
+        if len(history.rounds) > self.plan.num_rounds:
+            raise FederationError(
+                f"{folder}: expected at most the {self.plan.num_rounds} rounds of the plan, found "
+                f"{len(history.rounds)}; raise num_rounds or choose another --out"
+            )
+        self.trained = set(record.settings["trained"])
+        self.standings = {group: load_standing(folder / group) for group in self.plan.groups}
+        written = self.out / HISTORY
+        if written.exists() and len(history.rounds) == self.plan.num_rounds:
+            finished = _load_history(written)
+            if finished.final and len(finished.rounds) == self.plan.num_rounds:
+                return finished
+        changed = {"plan": self.history.plan, "name": self.plan.name}
+        self.history = history.model_copy(update=changed)
+        return None
+
+    @property
+    def _plan_hash(self) -> str:
+        return hash_json(self.plan.model_dump(mode="json", exclude=FREE))
+
+    def _fresh(self, number: int) -> dict[Size, dict[str, Floats]]:
+        return {
+            size: self.workplace.fresh(size, derive_seed(self.plan.seed, "adapter", number))
+            for size in self.plan.all_sizes
+        }
+
+    def _ask_sizes(self) -> None:
+        """Find out who can take part; who cannot is named, and not asked again."""
+        names = self.plan.clients
+        questions = {
+            name: Question(kind="sizes", round=0, phase="select", settings=self._task(name))
+            for name in names
+        }
+        faults: dict[str, str] = {}
+        for answer in self._asked(questions):
+            part = self._part(answer, self._logged(answer, "select", {}))
+            if part.fault in ("other model", "other tokenizer", "no data"):
+                self.excluded.add(part.client)
+            if not part.counted:
+                faults[part.client] = part.refused or FAULTS[part.fault or "failed"]
+            self.watch(Answered(round=0, phase="select", part=part))
+        for department, clients in self.plan.departments.items():
+            if all(name in faults for name in clients):
+                listed = "\n".join(f"  {name}: {faults[name]}" for name in clients)
+                raise FederationError(
+                    f"department {department}: expected a client that can take part, found none:\n"
+                    f"{listed}"
+                )
+
+    # ── a round ──────────────────────────────────────────────────────────────────────────────
+
+    def _round(self, number: int) -> None:
+        clock = _Clock()
+        asked = self._sampled(number)
+        started = self._start_of_newcomers(asked, number)
+        clock.lap("select")
+        incoming = self.out / f".incoming-{number:04d}"
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir()
+        questions = {name: self._training_question(name, number, started) for name in asked}
+        parts: dict[str, Part] = {}
+        updates: dict[str, list[Update]] = {group: [] for group in self.plan.groups}
+        for answer in self._asked(questions):
+            part, update = self._received(answer, number, incoming)
+            parts[part.client] = part
+            if update:
+                updates[self.group_of[part.client]].append(update)
+            self.watch(Answered(round=number, phase="train", part=part))
+        clock.lap("train")
+        kept: dict[str, str] = {}
+        for group, found in updates.items():
+            expected = [name for name in asked if self.group_of[name] == group]
+            try:
+                self._check_quorum(group, expected, found, parts)
+                for name, moved, drift in self._movements(group, found):
+                    changed = {"moved": moved, "drift": drift}
+                    parts[name] = parts[name].model_copy(update=changed)
+                self.standings[group] = self._aggregated(group, found, number)
+            except FederationError as error:
+                kept[group] = str(error)
+        self.trained |= {name for name, part in parts.items() if part.fault is None}
+        clock.lap("aggregate")
+        listed = tuple(parts[name] for name in sorted(parts))
+        done = Round(
+            number=number, parts=listed, kept=kept, means=means(listed), seconds=clock.seconds
+        )
+        self._write(done, clock)
+        shutil.rmtree(incoming)
+        self.watch(self.history.rounds[-1])
+
+    def _sampled(self, number: int) -> list[str]:
+        """The clients of a round: the same share of every department, one at least."""
+        rng = np.random.default_rng(derive_seed(self.plan.seed, "sample", number))
+        asked: list[str] = []
+        for names in self.plan.departments.values():
+            able = sorted(set(names) - self.excluded)
+            count = max(1, round(self.plan.sampled * len(able)))
+            asked += rng.permutation(able)[:count].tolist()
+        return sorted(asked)
+
+    def _start_of_newcomers(self, asked: Iterable[str], number: int) -> dict[str, Tensors]:
+        """FedSA-LoRA: department -> the mean B of its clients, where somebody new will need it."""
+        if self.plan.rule != "fedsa":
+            return {}
+        needed = {self.plan.department_of(name) for name in asked if name not in self.trained}
+        return self._mean_b(needed, number)
+
+    def _mean_b(self, departments: Iterable[str], number: int) -> dict[str, Tensors]:
+        """Ask the clients of departments that have trained for their B, and average it."""
+        names = [
+            name
+            for department in departments
+            for name in self.plan.departments[department]
+            if name in self.trained
+        ]
+        settings = {name: self._task(name, own=True, sent="B") for name in names}
+        questions = {
+            name: Question(kind="adapter", round=number, phase="select", settings=settings[name])
+            for name in names
+        }
+        found: dict[str, list[Update]] = {}
+        for answer in self._asked(questions):
+            update = self._update(answer)
+            refused = answer.fault or self._refused(update, number, ("B",))
+            self._logged(answer, "select", {} if refused else _shapes(update))
+            if not refused:
+                found.setdefault(self.plan.department_of(answer.client), []).append(update)
+        return {department: dict(mean_b(updates)) for department, updates in found.items()}
+
+    def _training_question(
+        self, name: str, number: int, started: Mapping[str, Tensors]
+    ) -> Question:
+        plan, standing = self.plan, self.standings[self.group_of[name]]
+        tensors = standing.sent(plan.size_of(name))
+        trained, scored = "AB", self._scored(number)
+        match plan.rule:
+            case "ffa":
+                trained = "B"
+                if name in self.trained:
+                    tensors = _without(tensors, "A")
+            case "fedsa":
+                mean = started.get(plan.department_of(name), {})
+                tensors = _without(tensors, "B") if name in self.trained else {**tensors, **mean}
+                scored = scored if scored == "graft" else ""
+        settings = self._task(
+            name, training=plan.training, trained=trained, scored=scored, proximal=plan.proximal
+        )
+        return Question(
+            kind="adapter",
+            round=number,
+            phase="train",
+            settings=settings,
+            tensors=narrowed(tensors, plan.wire),
+        )
+
+    def _scored(self, number: int) -> Scored:
+        """What the adapter that a round begins with is called; the first one changes nothing."""
+        if number == 1:
+            return "graft"
+        return "department" if self.plan.share == "department" else "global"
+
+    def _task(self, name: str, **fields: object) -> dict[str, str | int | float | bool]:
+        plan, size = self.plan, self.plan.size_of(name)
+        settings = {
+            "model": self.model,
+            "tokenizer": self.workplace.tokenizer_hash,
+            "seed": plan.seed,
+            "row_length": plan.row_length,
+            "window": plan.window,
+            "rank": size.rank,
+            "alpha": size.alpha,
+            "wire": plan.wire,
+            "sent": "".join(plan.sent),
+        }
+        return Task.model_validate(settings | fields).settings()
+
+    def _asked(self, questions: Mapping[str, Question]) -> Iterable[Answer]:
+        if not questions:
+            return ()
+        first = next(iter(questions.values()))
+        names = tuple(sorted(questions))
+        self.watch(Asked(round=first.round, phase=first.phase, clients=names))
+        return self.exchange.ask(questions, self.plan.timeout)
+
+    # ── an answer ────────────────────────────────────────────────────────────────────────────
+
+    def _received(self, answer: Answer, number: int, incoming: Path) -> tuple[Part, Update | None]:
+        """Look at an answer; an update that counts lies on disk, and is read tensor by tensor."""
+        if answer.fault:
+            return self._part(answer, self._logged(answer, "train", {})), None
+        update = self._update(answer)
+        refused = self._refused(update, number, self.plan.sent)
+        refused = refused or self._logged(answer, "train", _shapes(update))
+        part = self._part(answer, refused)
+        if refused:
+            return part, None
+        file = incoming / f"{update.client}.safetensors"
+        save_tensors(file, update.tensors)
+        return part, replace(update, tensors=Stored(file))
+
+    def _update(self, answer: Answer) -> Update:
+        size = self.plan.size_of(answer.client)
+        arrays = {k: v for k, v in answer.payload.items() if isinstance(v, np.ndarray)}
+        num_examples = answer.payload.get("num_examples")
+        return Update(
+            client=answer.client,
+            num_examples=num_examples if type(num_examples) is int else 0,
+            tensors=widened(arrays),
+            rank=size.rank,
+            alpha=size.alpha,
+            base=self.model,
+            round=answer.round,
+        )
+
+    def _refused(self, update: Update, number: int, sent: tuple[Factor, ...]) -> str | None:
+        """Why an update is none of this round, None where it is one."""
+        template = Template(
+            base=self.model,
+            round=number,
+            layers=self.layers,
+            sizes=[self.plan.size_of(update.client)],
+            max_norm=self.plan.max_norm,
+            sent=sent,
+        )
+        try:
+            check(update, template)
+        except FederationError as error:
+            return str(error)
+        return None
+
+    def _logged(
+        self, answer: Answer, phase: Phase, tensors: Mapping[str, tuple[int, ...]]
+    ) -> str | None:
+        """Put an answer into the ledger; why it is none that may leave a client, if it is not."""
+        refused: str | None = None
+        items: tuple[Item, ...] = ()
+        try:
+            if not answer.fault:
+                items = allow(answer.kind, dict(answer.payload), tensors=tensors)
+        except FederationError as error:
+            refused = f"client {answer.client!r}: {error}"
+        self.ledger.append(
+            Entry(
+                round=max(0, answer.round),
+                phase=phase,
+                client=answer.client,
+                kind=answer.kind,
+                items=items,
+                bytes_up=answer.bytes_up,
+                bytes_down=answer.bytes_down,
+                seconds=answer.seconds,
+            )
+        )
+        return refused
+
+    def _part(self, answer: Answer, refused: str | None) -> Part:
+        given: Mapping[str, object] = {} if refused else answer.payload
+        scores = {
+            name.removesuffix("/nats_per_token"): float(value)
+            for name, value in given.items()
+            if name.endswith("/nats_per_token") and isinstance(value, float)
+        }
+        return Part(
+            client=answer.client,
+            department=self.plan.department_of(answer.client),
+            fault=answer.fault,
+            refused=refused,
+            num_examples=_int(given, "num_examples"),
+            num_scored=_int(given, "num_scored" if answer.kind == "adapter" else "num_tokens"),
+            scores=scores if answer.kind != "sizes" else {},
+            loss=_float(given, "loss"),
+            seconds_training=_float(given, "seconds") or 0.0,
+            seconds=answer.seconds,
+            bytes_up=answer.bytes_up,
+            bytes_down=answer.bytes_down,
+        )
+
+    # ── an aggregation ───────────────────────────────────────────────────────────────────────
+
+    def _check_quorum(
+        self, group: str, asked: list[str], found: list[Update], parts: Mapping[str, Part]
+    ) -> None:
+        needed = max(1, math.ceil(self.plan.quorum * len(asked)))
+        if len(found) < needed:
+            missing = ", ".join(
+                f"{name} ({parts[name].fault or 'refused'})"
+                for name in asked
+                if not parts[name].counted
+            )
+            raise FederationError(
+                f"{group}: expected updates of {needed} of {len(asked)} clients, found "
+                f"{len(found)}; its last adapter stays. Without: {missing}"
+            )
+
+    def _movements(
+        self, group: str, updates: list[Update]
+    ) -> Iterable[tuple[str, float, float | None]]:
+        """How far each client's factors moved, and how much across the group's mean movement."""
+        starts = self.standings[group].adapters
+        total = {
+            name: sum(_moved(one, starts, name) * one.num_examples for one in ordered(updates))
+            for name in updates[0].tensors
+            if len({one.size for one in updates}) == 1
+        }
+        length = math.sqrt(math.fsum(float(np.vdot(t, t)) for t in total.values()))
+        for update in updates:
+            squares, across = 0.0, 0.0
+            for name in update.tensors:
+                moved = _moved(update, starts, name)
+                squares += float(np.vdot(moved, moved))
+                across += float(np.vdot(moved, total[name])) if total else 0.0
+            norm = math.sqrt(squares)
+            drift = 1 - across / (norm * length) if norm and length else None
+            yield update.client, norm, drift
+
+    def _aggregated(self, group: str, updates: list[Update], number: int) -> Standing:
+        plan, standing = self.plan, self.standings[group]
+        fresh = self._fresh(number) if plan.rule == "flora" else None
+        following = standing.advanced(self._layers(group, updates), fresh)
+        if plan.optimiser.name == "fedavg":
+            return following
+        (size,) = standing.adapters
+        moving = [name for name in standing.adapters[size] if name in updates[0].tensors]
+        old, new = (
+            {name: one.adapters[size][name] for name in moving} for one in (standing, following)
+        )
+        taken, state = stepped(plan.optimiser, standing.optimiser, old, new)
+        adapters = {size: {**following.adapters[size], **taken}}
+        return Standing(adapters=adapters, changes=following.changes, optimiser=state)
+
+    def _layers(self, group: str, updates: list[Update]) -> Iterable[Layer]:
+        plan, robust = self.plan, self.plan.robust
+        sizes = plan.all_sizes if plan.rule == "flexlora" else None
+        match robust.name if robust else None:
+            case "trimmed_mean":
+                assert robust
+                return trimmed_mean(updates, robust.num_hostile)
+            case "median":
+                return median(updates)
+            case "krum":
+                assert robust
+                kept = len(updates) - robust.num_hostile
+                updates = krum(updates, robust.num_hostile, max(1, kept))
+            case "clipping":
+                start = self.standings[group].adapters.get(updates[0].size)
+                one_size = len(plan.all_sizes) == 1
+                updates = clipped(updates, start=start if one_size else None)
+        return aggregate(updates, plan.rule, sizes)
+
+    # ── what stays ───────────────────────────────────────────────────────────────────────────
+
+    def _write(self, done: Round, clock: "_Clock") -> None:
+        folder = self.out / ROUNDS / f"{done.number:04d}"
+        with new_artefact(folder, overwrite=True) as partial:
+            for group, standing in self.standings.items():
+                (partial / group).mkdir()
+                save_standing(partial / group, standing)
+            clock.lap("write")
+            done = done.model_copy(update={"seconds": clock.seconds})
+            rounds = (*self.history.rounds, done)
+            self.history = self.history.model_copy(update={"rounds": rounds})
+            self.history.write(partial / HISTORY)
+            Record.make(
+                "round",
+                inputs={"model": self.model, "plan": self._plan_hash},
+                settings={"number": done.number, "trained": sorted(self.trained)},
+            ).write(partial)
+        self.history.write(self.out / HISTORY)
+        for old in sorted((self.out / ROUNDS).glob("[0-9]*"))[:-NUM_KEPT]:
+            shutil.rmtree(old)
+
+    def _finish(self) -> History:
+        """Score the last adapters, write them, and close the history."""
+        number = self.plan.num_rounds + 1
+        if self.plan.rule == "fedsa":
+            self._complete_b(number)
+        for group, standing in self.standings.items():
+            size = max(standing.adapters)
+            write_adapter(
+                self.out / ADAPTERS / group,
+                standing.as_one_adapter(size),
+                size.scale,
+                Record.make(
+                    "adapter",
+                    inputs={"model": self.model, "plan": self._plan_hash},
+                    settings={"department": group, "rank": size.rank, "alpha": size.alpha},
+                    figures={"num_rounds": self.plan.num_rounds},
+                ),
+                overwrite=True,
+            )
+        questions = {
+            name: self._scoring_question(name, number)
+            for name in self.plan.clients
+            if name not in self.excluded
+        }
+        last = {part.client: part.scores.get("client") for part in self.history.rounds[-1].parts}
+        final = []
+        for answer in self._asked(questions):
+            part = self._part(answer, self._logged(answer, "evaluate", {}))
+            own = last.get(part.client)
+            if own is not None and part.counted:
+                part = part.model_copy(update={"scores": {**part.scores, "client": own}})
+            final.append(part)
+            self.watch(Answered(round=number, phase="evaluate", part=part))
+        parts = tuple(sorted(final, key=lambda part: part.client))
+        self.history = self.history.model_copy(update={"final": parts})
+        self.history.write(self.out / HISTORY)
+        return self.history
+
+    def _complete_b(self, number: int) -> None:
+        """FedSA-LoRA: the B of a group's adapter, for who is new, is the mean of its clients'."""
+        found = self._mean_b(self.plan.departments, number)
+        for group, names in self.plan.groups.items():
+            departments = {self.plan.department_of(name) for name in names}
+            mean = [found[one] for one in sorted(departments) if one in found]
+            if not mean:
+                continue
+            b: dict[str, Floats] = {
+                name: np.mean([one[name] for one in mean], axis=0, dtype=np.float64).astype("f4")
+                for name in mean[0]
+            }
+            standing = self.standings[group]
+            adapters = {size: {**tensors, **b} for size, tensors in standing.adapters.items()}
+            self.standings[group] = Standing(adapters=adapters, optimiser=standing.optimiser)
+
+    def _scoring_question(self, name: str, number: int) -> Question:
+        tensors = self.standings[self.group_of[name]].sent(self.plan.size_of(name))
+        return Question(
+            kind="scores",
+            round=number,
+            phase="evaluate",
+            settings=self._task(name, scored=self._scored(number)),
+            tensors=narrowed(tensors, self.plan.wire),
+        )
+
+
+class _Clock:
+    """Time on the clock, by what it was spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, what: str) -> None:
+        now = time.monotonic()
+        self.seconds[what] = round(now - self._last, 4)
+        self._last = now
+
+
+def _load_history(file: Path) -> History:
+    try:
+        return History.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"{file}: expected the history of a federation, found: {error}; remove the folder of "
+            "its round, and the run goes on from the one before"
+        ) from error
+
+
+def _moved(update: Update, starts: Mapping[Size, Tensors], name: str) -> Floats:
+    return update.tensors[name] - starts[update.size][name]
+
+
+def _without(tensors: Tensors, factor: Factor) -> dict[str, Floats]:
+    return {name: t for name, t in tensors.items() if not name.endswith(f".lora_{factor}.weight")}
+
+
+def _shapes(update: Update) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in update.tensors.items()}
+
+
+def _int(given: Mapping[str, object], key: str) -> int:
+    value = given.get(key)
+    return value if type(value) is int else 0
+
+
+def _float(given: Mapping[str, object], key: str) -> float | None:
+    value = given.get(key)
+    return value if type(value) is float else None

@@ -1,0 +1,81 @@
+"""The settings of a question: what a client is to do, checked on both sides of the exchange."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedgraft.errors import FederationError
+from fedgraft.federation.message import Scalar, Wire
+from fedgraft.federation.update import Factor, Size
+from fedgraft.training.settings import AdapterSettings
+
+Scored = Literal["graft", "global", "department", "client", ""]
+"""What the adapter of a question is to its client, see `history`; empty where none is scored."""
+TRAINING = "training."
+
+
+class Task(BaseModel):
+    """What every question says; `training` is for those that train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """Content hash of the grafted model."""
+    tokenizer: str
+    """Hash of its tokenizer, see `Workplace.tokenizer_hash`."""
+    seed: int
+    """Of the federation."""
+    row_length: int
+    window: int
+    rank: int
+    alpha: float
+    wire: Wire = "float32"
+    scored: Scored = ""
+    trained: Literal["AB", "B"] = "AB"
+    """The factors that training moves."""
+    sent: Literal["AB", "A", "B"] = "AB"
+    """The factors of the answer."""
+    own: bool = False
+    """Train nothing: send factors that were kept."""
+    proximal: float = 0.0
+    training: AdapterSettings | None = None
+
+    @property
+    def size(self) -> Size:
+        return Size(self.rank, self.alpha)
+
+    @property
+    def factors_trained(self) -> tuple[Factor, ...]:
+        return letters(self.trained)
+
+    @property
+    def factors_sent(self) -> tuple[Factor, ...]:
+        return letters(self.sent)
+
+    def settings(self) -> dict[str, Scalar]:
+        """As a question carries it: flat, and nothing that is None."""
+        flat = self.model_dump(exclude={"training"})
+        if self.training:
+            own = self.training.model_dump(exclude_none=True, exclude={"seed"})
+            flat |= {f"{TRAINING}{name}": value for name, value in own.items()}
+        return flat
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Scalar]) -> "Task":
+        """Read a question's settings. Raises FederationError for others than `settings` gives."""
+        own = {k.removeprefix(TRAINING): v for k, v in settings.items() if k.startswith(TRAINING)}
+        rest = {k: v for k, v in settings.items() if not k.startswith(TRAINING)}
+        try:
+            return cls.model_validate({**rest, "training": own or None})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise FederationError(
+                f"expected the settings of a question, found {'.'.join(map(str, fault['loc']))}: "
+                f"{fault['msg']}; use one version of fedgraft everywhere"
+            ) from error
+
+
+def letters(named: str) -> tuple[Factor, ...]:
+    """`AB` -> both factors."""
+    return tuple(factor for factor in ("A", "B") if factor in named)
