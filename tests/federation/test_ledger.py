@@ -88,7 +88,7 @@ def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
     assert {kind: len(keys) for kind, keys in FIGURES.items()} == {
         "sizes": 0,
         "centroids": 0,
-        "adapter": 6,
+        "adapter": 7,
         "scores": 40,
     }
     assert sorted(FIGURES["adapter"]) == [
@@ -98,6 +98,7 @@ def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
         "graft/nats_per_token",
         "loss",
         "seconds",
+        "seconds_scoring",
     ]
     assert {key.split("/")[0] for key in FIGURES["scores"]} == {
         "graft",

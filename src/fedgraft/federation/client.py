@@ -16,6 +16,7 @@ and own factors are those of a round before the one that is asked.
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -135,9 +136,11 @@ class Client:
         changes, start = changes_of(tensors), self._completed(factors_of(tensors), number)
         seed = derive_seed(task.seed, self.name, number)
         scores: dict[str, Value] = {}
+        begun = time.monotonic()
         if task.scored:
             measured = self._scored(task, start, changes)
             scores[f"{task.scored}/nats_per_token"] = measured.nats_per_token
+        scoring = time.monotonic() - begun
         made, outcome = self._workplace.train(
             task.size,
             start,
@@ -149,7 +152,9 @@ class Client:
             proximal=task.proximal,
             label=f"{self.name}, round {number}",
         )
+        begun = time.monotonic()
         measured = self._scored(task, made, changes)
+        scoring += time.monotonic() - begun
         self._keep(made, number)
         sent = _factors_in(made, task.factors_sent)
         payload: dict[str, Value] = {
@@ -162,6 +167,7 @@ class Client:
             "num_steps": outcome.num_steps,
             "loss": float(outcome.losses[-1][1]),
             "seconds": outcome.seconds,
+            "seconds_scoring": scoring,
         }
         return payload, _shapes(sent)
 

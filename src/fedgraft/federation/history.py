@@ -44,6 +44,7 @@ class Part(_Record):
     drift: float | None = None
     """1 - cosine of that and the mean change of its group: 0 is the same way, 2 against it."""
     seconds_training: float = 0.0
+    seconds_scoring: float = 0.0
     seconds: float = 0.0
     """From the question to the answer."""
     bytes_up: int = 0

@@ -74,7 +74,9 @@ COUNTS: Mapping[Kind, frozenset[str]] = {
 FIGURES: Mapping[Kind, frozenset[str]] = {
     "sizes": frozenset(),
     "centroids": frozenset(),
-    "adapter": frozenset({"loss", "seconds", *(f"{model}/nats_per_token" for model in MODELS)}),
+    "adapter": frozenset(
+        {"loss", "seconds", "seconds_scoring", *(f"{model}/nats_per_token" for model in MODELS)}
+    ),
     "scores": frozenset(f"{model}/{score}" for model in MODELS for score in SCORES),
 }
 """Plain floats up to LARGEST in magnitude."""

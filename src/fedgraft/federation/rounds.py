@@ -433,6 +433,7 @@ class _Run:
             scores=scores if answer.kind != "sizes" else {},
             loss=_float(given, "loss"),
             seconds_training=_float(given, "seconds") or 0.0,
+            seconds_scoring=_float(given, "seconds_scoring") or 0.0,
             seconds=answer.seconds,
             bytes_up=answer.bytes_up,
             bytes_down=answer.bytes_down,
