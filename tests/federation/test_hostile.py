@@ -4,10 +4,11 @@ Each way to spoil an answer is a client of one federation of real, tiny models, 
 with honest ones. What is left of the round is, to the bit, what the honest ones alone make.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fedgraft.federation.history import History, Part
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.message import Answer, Question
-from fedgraft.federation.plan import Plan, Robust
+from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
@@ -27,7 +28,7 @@ from fedgraft.training.settings import AdapterSettings
 
 Spoil = Callable[[Answer], Answer]
 NUM_ROUNDS = 2
-HONEST = ("honest-1", "honest-2", "honest-3")
+HONEST = ("honest-1", "honest-2")
 
 
 def with_payload(answer: Answer, change: Mapping[str, Any]) -> Answer:
@@ -115,30 +116,39 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 """Client -> what it does to an honest answer, and the words that it is refused with."""
 
 
-class Spoiling(Client):
-    """An honest client but for what it does to its answer once it is asked to train."""
+class Spoiling:
+    """A program of somebody else: it trains nothing, and answers with what it got, spoilt."""
 
-    spoil: Spoil
-
-    def answer(self, question: Question) -> Answer:
-        answer = super().answer(question)
-        return self.spoil(answer) if question.kind == "adapter" else answer
-
-
-class Replaying(Client):
-    """Trains once, and sends that answer again."""
-
-    first: Answer | None = None
+    def __init__(self, name: str, spoil: Spoil) -> None:
+        self.name, self._spoil = name, spoil
 
     def answer(self, question: Question) -> Answer:
+        plain = Answer(client=self.name, kind=question.kind, round=question.round)
         if question.kind != "adapter":
-            return super().answer(question)
-        self.first = self.first or super().answer(question)
-        return self.first
+            return replace(plain, payload={"num_examples": 6})
+        figures = {"num_examples": 6, "loss": 4.0, "client/nats_per_token": 4.0}
+        moved = {k: v + np.float32(0.01) for k, v in question.tensors.items()}
+        return self._spoil(replace(plain, payload={**moved, **figures}))
 
 
-def silent(answer: Answer) -> Answer:
-    return Answer(client=answer.client, kind=answer.kind, round=answer.round, fault="failed")
+class Replaying(Spoiling):
+    """Answers the first question, and sends that answer again and again."""
+
+    _first: Answer | None = None
+
+    def answer(self, question: Question) -> Answer:
+        if question.kind == "adapter":
+            self._first = self._first or super().answer(question)
+            return self._first
+        return super().answer(question)
+
+
+def honestly(answer: Answer) -> Answer:
+    return answer
+
+
+def silently(answer: Answer) -> Answer:
+    return replace(answer, payload={}, fault="failed")
 
 
 def documents(name: str, count: int) -> list[Document]:
@@ -149,7 +159,7 @@ def documents(name: str, count: int) -> list[Document]:
 
 
 def plan(*names: str, **fields: Any) -> Plan:
-    training = AdapterSettings(num_tokens=64, batch_tokens=64, learning_rate=1e-2, rank=2)
+    training = AdapterSettings(num_tokens=128, batch_tokens=64, learning_rate=1e-2, rank=2)
     settings: dict[str, Any] = {
         "name": "hostile",
         "departments": {"hr": names},
@@ -167,17 +177,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(save_tiny(tmp_path_factory.mktemp("model") / "tiny"))
 
 
-def client(workplace: Workplace, name: str, place: Path, spoil: Spoil | None = None) -> Client:
-    kind = Replaying if name == "replaying" else Spoiling
-    made = kind(name, workplace, documents(name, 6), documents(f"{name} held out", 2), place / name)
-    if isinstance(made, Spoiling):
-        made.spoil = spoil or (lambda answer: answer)
-    return made
+def honest(workplace: Workplace, place: Path) -> list[Client]:
+    return [
+        Client(name, workplace, documents(name, 6), documents(f"{name} 2", 1), place / name)
+        for name in HONEST
+    ]
 
 
-def run(workplace: Workplace, clients: list[Client], out: Path, **fields: Any) -> History:
-    names = [client.name for client in clients]
-    return run_rounds(InProcess(clients), plan(*names, **fields), workplace._source.path, out)
+def run(
+    workplace: Workplace, place: Path, others: Sequence[Spoiling], **fields: Any
+) -> tuple[History, Path]:
+    """A run of the honest clients and others, and its folder."""
+    clients = [*honest(workplace, place), *cast("Sequence[Client]", others)]
+    settings = plan(*(client.name for client in clients), **fields)
+    out = place / "out"
+    return run_rounds(InProcess(clients), settings, workplace._source.path, out), out
 
 
 def adapter_of(out: Path, number: int = NUM_ROUNDS) -> dict[str, bytes]:
@@ -189,10 +203,9 @@ def adapter_of(out: Path, number: int = NUM_ROUNDS) -> dict[str, bytes]:
 def attacked(
     workplace: Workplace, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[History, Path]:
+    others = [Spoiling(name, spoil) for name, (spoil, _) in SPOILT.items()]
     place = tmp_path_factory.mktemp("attacked")
-    clients = [client(workplace, name, place) for name in (*HONEST, "replaying")]
-    clients += [client(workplace, name, place, spoil) for name, (spoil, _) in SPOILT.items()]
-    return run(workplace, clients, place / "out"), place / "out"
+    return run(workplace, place, [Replaying("replaying", honestly), *others])
 
 
 def part(history: History, name: str, number: int) -> Part:
@@ -204,8 +217,6 @@ def part(history: History, name: str, number: int) -> Part:
 def test_a_spoilt_answer_is_refused_by_name_in_every_round(
     name: str, attacked: tuple[History, Path]
 ) -> None:
-    import re
-
     for number in range(1, NUM_ROUNDS + 1):
         found = part(attacked[0], name, number)
         assert found.fault is None
@@ -241,10 +252,11 @@ def test_the_rounds_go_on_and_honest_clients_count(attacked: tuple[History, Path
 def test_what_is_left_is_what_the_others_make_without_them_to_the_bit(
     attacked: tuple[History, Path], workplace: Workplace, tmp_path: Path
 ) -> None:
-    clients = [client(workplace, name, tmp_path) for name in (*HONEST, "replaying")]
-    clients += [client(workplace, name, tmp_path, silent) for name in SPOILT]
-    run(workplace, clients, tmp_path / "out")
-    assert adapter_of(tmp_path / "out") == adapter_of(attacked[1])
+    others = [Spoiling(name, silently) for name in SPOILT]
+    _, out = run(workplace, tmp_path, [Replaying("replaying", honestly), *others])
+    found, first = (adapter_of(out, number) for number in (NUM_ROUNDS, 1))
+    assert found == adapter_of(attacked[1])
+    assert found != first
 
 
 def test_what_was_refused_stands_in_the_ledger_too(attacked: tuple[History, Path]) -> None:
@@ -259,54 +271,22 @@ def test_a_client_cannot_answer_in_anothers_name(workplace: Workplace, tmp_path:
     def steal(answer: Answer) -> Answer:
         return replace(all_tensors(np.zeros_like)(answer), client="honest-1")
 
-    clients = [client(workplace, name, tmp_path) for name in HONEST]
-    thief = client(workplace, "thief", tmp_path, steal)
-    history = run(workplace, [*clients, thief], tmp_path / "out")
+    history, _ = run(workplace, tmp_path, [Spoiling("thief", steal)], num_rounds=1)
     for done in history.rounds:
         assert done.kept == {}
         assert [p.client for p in done.parts] == [*HONEST, "thief"]
         assert all(p.counted for p in done.parts)
 
 
-@pytest.mark.parametrize("value", ["a word of the text", None, [1, 2]])
+@pytest.mark.parametrize("value", ["a word of the text", True, [1, 2]])
 def test_an_answer_that_is_no_message_costs_its_client_the_round_and_nobody_else(
     value: object, workplace: Workplace, tmp_path: Path
 ) -> None:
     def garble(answer: Answer) -> Answer:
-        return replace(answer, payload={**answer.payload, "num_tokens": value})
+        return with_payload(answer, {"num_tokens": value})
 
-    clients = [client(workplace, name, tmp_path) for name in HONEST]
-    history = run(workplace, [*clients, client(workplace, "x", tmp_path, garble)], tmp_path / "out")
+    history, _ = run(workplace, tmp_path, [Spoiling("x", garble)], num_rounds=1)
     for done in history.rounds:
         assert done.kept == {}
         assert {p.client for p in done.parts if p.counted} == set(HONEST)
         assert next(p for p in done.parts if p.client == "x").fault == "failed"
-
-
-@pytest.mark.parametrize("robust", ["trimmed_mean", "median", "krum", "clipping"])
-def test_robust_rules_are_those_of_the_plan(
-    robust: Any, workplace: Workplace, tmp_path: Path
-) -> None:
-    """With a change a hundred times too large, yet under the bound, the adapter stays small."""
-
-    def loud(answer: Answer) -> Answer:
-        return all_tensors(lambda tensor: np.asarray(tensor * np.float32(-100)))(answer)
-
-    def largest(out: Path) -> float:
-        return max(
-            float(np.abs(np.frombuffer(t, np.float32)).max())
-            for name, t in adapter_of(out, 1).items()
-            if ".lora_B." in name
-        )
-
-    for folder, rule in (("plain", None), ("robust", Robust(name=robust, num_hostile=1))):
-        place = tmp_path / folder
-        clients = [client(workplace, f"honest-{n}", place) for n in range(4)]
-        clients.append(client(workplace, "loud", place, loud))
-        done = run(workplace, clients, place / "out", num_rounds=1, robust=rule).rounds[0]
-        assert part_of(done.parts, "loud").counted
-    assert largest(tmp_path / "plain" / "out") > 5 * largest(tmp_path / "robust" / "out")
-
-
-def part_of(parts: tuple[Part, ...], name: str) -> Part:
-    return next(part for part in parts if part.client == name)

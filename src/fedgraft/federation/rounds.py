@@ -353,7 +353,8 @@ class _Run:
             return self._part(answer, self._logged(answer, "train", {})), None
         update = self._update(answer)
         refused = self._refused(update, number, self.plan.sent)
-        refused = refused or self._logged(answer, "train", _shapes(update))
+        unlogged = self._logged(answer, "train", {} if refused else _shapes(update))
+        refused = refused or unlogged
         part = self._part(answer, refused)
         if refused:
             return part, None
