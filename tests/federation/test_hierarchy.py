@@ -1,6 +1,8 @@
 """Departments keep what is theirs, take what is common, and are told apart by what they do."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +11,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from tests.federation.adapters import LAYERS, change_of, tensors_of, update_of
+from tests.federation.clients import TRAINING, Spoiled, clients, plan, silent
 
 from fedgraft.errors import FederationError
 from fedgraft.federation.aggregate import adapter, aggregate
 from fedgraft.federation.hierarchy import Mixing, clustered, mix, mixed, similarities
+from fedgraft.federation.history import History
+from fedgraft.federation.in_process import InProcess
+from fedgraft.federation.rounds import run_rounds
+from fedgraft.federation.standing import Stored
 from fedgraft.federation.update import Size, Tensors, named
+from fedgraft.testing import save_tiny
 from fedgraft.weights.arithmetic import Floats
 
 Wide = NDArray[np.float64]
@@ -333,3 +341,87 @@ def test_adapters_of_other_layers_or_ranks_are_refused() -> None:
         mixed({"a": one, "b": tensors_of(0, rank=2)}, {"a": 1, "b": 1}, 0.5, (("a", "b"),))
     with pytest.raises(FederationError, match="the adapter of at least one department, found none"):
         similarities({})
+
+
+# ── in rounds ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "graft", num_layers=1)
+
+
+Made = tuple[dict[str, dict[str, Floats]], History]
+QUICK = TRAINING | {"num_tokens": 128, "batch_tokens": 128, "warmup": 0}
+
+
+def run(model: Path, folder: Path, spoil: Any = None, **fields: Any) -> Made:
+    """Department -> its adapter after one round, and the history."""
+    found = clients(model, folder / "state")
+    exchange = Spoiled(found, spoil) if spoil else InProcess(found)
+    asked = plan(num_rounds=1, training=QUICK, **fields)
+    history = run_rounds(exchange, asked, model, folder / "out")
+    adapters = {}
+    for group in ("finance", "hr"):
+        file = folder / "out" / "rounds" / "0001" / group / "adapter-0.safetensors"
+        adapters[group] = {k: v for k, v in Stored(file).items() if ".lora_" in k}
+    return adapters, history
+
+
+@pytest.fixture(scope="module")
+def apart(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Floats]]:
+    """What departments make that are not mixed."""
+    found, history = run(model, tmp_path_factory.mktemp("apart"))
+    assert history.rounds[0].clusters == ()
+    return found
+
+
+def test_rounds_mix_departments_as_the_plan_says_and_name_the_clusters(
+    model: Path, apart: dict[str, dict[str, Floats]], tmp_path: Path
+) -> None:
+    found, history = run(model, tmp_path, mixing=Mixing(share=0.25, num_clusters=1))
+    (done,) = history.rounds
+    assert done.clusters == (("finance", "hr"),)
+    weights = {
+        group: sum(part.num_examples for part in done.parts if part.department == group)
+        for group in apart
+    }
+    expected = mixed(apart, weights, 0.25, done.clusters)
+    assert all(same(found[group], expected[group]) for group in apart)
+    assert not any(same(found[group], apart[group]) for group in apart)
+
+
+@pytest.mark.slow
+def test_departments_unlike_each_other_are_left_alone(
+    model: Path, apart: dict[str, dict[str, Floats]], tmp_path: Path
+) -> None:
+    found, history = run(model, tmp_path, mixing=Mixing(share=0.5, threshold=1.0))
+    assert history.rounds[0].clusters == (("finance",), ("hr",))
+    assert all(same(found[group], apart[group]) for group in apart)
+
+
+def test_a_department_below_quorum_is_not_mixed(
+    model: Path, apart: dict[str, dict[str, Floats]], tmp_path: Path
+) -> None:
+    gone = silent("hr-1", "hr-2")
+    found, history = run(model, tmp_path, gone, mixing=Mixing(share=0.5, num_clusters=1))
+    assert list(history.rounds[0].kept) == ["hr"]
+    assert history.rounds[0].clusters == ()
+    assert same(found["finance"], apart["finance"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": "organisation"}, "mixing: expected at least two departments with an adapter"),
+        ({"departments": {"hr": ["hr-1"]}}, "mixing: expected at least two departments with an"),
+        ({"rule": "fedsa"}, "mixing: factors of fedsa mean nothing to another department; take"),
+        (
+            {"mixing": {"share": 0.5, "num_clusters": 2}},
+            "mixing.num_clusters: expected fewer than the 2 departments, found 2; with one each",
+        ),
+    ],
+)
+def test_plans_that_cannot_mix_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        plan(**{"mixing": {"share": 0.5, "num_clusters": 1}, **change})

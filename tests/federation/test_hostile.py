@@ -12,19 +12,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from tests.federation.clients import client, plan
 
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History, Part
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.message import Answer, Question
-from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
 from fedgraft.testing import save_tiny
-from fedgraft.text.corpus import Document
-from fedgraft.training.settings import AdapterSettings
 
 Spoil = Callable[[Answer], Answer]
 NUM_ROUNDS = 2
@@ -151,47 +149,21 @@ def silently(answer: Answer) -> Answer:
     return replace(answer, payload={}, fault="failed")
 
 
-def documents(name: str, count: int) -> list[Document]:
-    return [
-        Document(id=f"{name}/{n}", text=f"Page {n} of {name}: the mill opens at {n}.", source=name)
-        for n in range(count)
-    ]
-
-
-def plan(*names: str, **fields: Any) -> Plan:
-    training = AdapterSettings(num_tokens=128, batch_tokens=64, learning_rate=1e-2, rank=2)
-    settings: dict[str, Any] = {
-        "name": "hostile",
-        "departments": {"hr": names},
-        "num_rounds": NUM_ROUNDS,
-        "training": training,
-        "row_length": 64,
-        "window": 64,
-        "quorum": 0.1,
-    }
-    return Plan.model_validate(settings | fields)
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(save_tiny(tmp_path_factory.mktemp("model") / "tiny"))
-
-
-def honest(workplace: Workplace, place: Path) -> list[Client]:
-    return [
-        Client(name, workplace, documents(name, 6), documents(f"{name} 2", 1), place / name)
-        for name in HONEST
-    ]
+    return Workplace(save_tiny(tmp_path_factory.mktemp("model") / "tiny", num_layers=1))
 
 
 def run(
     workplace: Workplace, place: Path, others: Sequence[Spoiling], **fields: Any
 ) -> tuple[History, Path]:
     """A run of the honest clients and others, and its folder."""
-    clients = [*honest(workplace, place), *cast("Sequence[Client]", others)]
-    settings = plan(*(client.name for client in clients), **fields)
+    clients = [client(name, workplace, place) for name in HONEST]
+    clients += cast("Sequence[Client]", others)
+    departments = {"hr": [each.name for each in clients]}
+    asked = plan(departments=departments, quorum=0.1, **fields)
     out = place / "out"
-    return run_rounds(InProcess(clients), settings, workplace._source.path, out), out
+    return run_rounds(InProcess(clients), asked, workplace._source.path, out), out
 
 
 def adapter_of(out: Path, number: int = NUM_ROUNDS) -> dict[str, bytes]:

@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from tests.federation.adapters import LAYERS, tensors_of, update_of
+from tests.federation.clients import DEPARTMENTS, TRAINING, Spoiled, plan, silent
+from tests.federation.clients import clients as participants
 
 from fedgraft.errors import FederationError
 from fedgraft.federation.aggregate import adapter, aggregate
+from fedgraft.federation.history import History
+from fedgraft.federation.in_process import InProcess
+from fedgraft.federation.plan import Plan
 from fedgraft.federation.privacy import (
     Privacy,
     epsilon_of,
@@ -24,7 +29,12 @@ from fedgraft.federation.privacy import (
     noised,
     spent,
 )
+from fedgraft.federation.rounds import run_rounds
+from fedgraft.federation.standing import Stored
 from fedgraft.federation.update import Size, Tensors, Update, named
+from fedgraft.federation.workplace import Workplace
+from fedgraft.provenance import derive_seed
+from fedgraft.testing import save_tiny
 from fedgraft.weights.arithmetic import Floats
 
 SIZE = Size(4, 8.0)
@@ -33,6 +43,7 @@ QUIET = Privacy(noise_multiplier=1.0, delta=1e-5, max_norm=1.0, repeatable=True)
 ROOT = Path(__file__).parents[2]
 DELTAS = st.sampled_from([1e-7, 1e-5, 1e-3])
 MULTIPLIERS = st.floats(0.3, 30)
+QUICK = TRAINING | {"num_tokens": 128, "batch_tokens": 128, "warmup": 0}
 
 
 def vector(tensors: Tensors) -> NDArray[np.float64]:
@@ -392,3 +403,96 @@ def test_no_round_needs_no_noise() -> None:
         FederationError, match="at least one round to choose the noise for, found 0"
     ):
         multiplier_for(1.0, 1e-5, 0)
+
+
+# ── in rounds ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "graft", num_layers=1)
+
+
+def factors_of(file: Path) -> dict[str, Floats]:
+    return {name: tensor for name, tensor in Stored(file).items() if ".lora_" in name}
+
+
+def private(**fields: object) -> Plan:
+    found = {"noise_multiplier": 5.0, "delta": 1e-5, "max_norm": 1.0, "repeatable": True}
+    return plan(**{"privacy": found, "num_rounds": 1, "training": QUICK, **fields})
+
+
+def test_a_round_adds_the_noise_that_it_says_and_tells_nothing_that_has_none(
+    model: Path, tmp_path: Path
+) -> None:
+    """One of two clients is missing: the noise is for two all the same."""
+    found = Spoiled(participants(model, tmp_path / "state"), silent("hr-1", "finance-2"))
+    history = run_rounds(found, private(), model, tmp_path / "out")
+    assert history.privacy
+    assert history.privacy.epsilon == epsilon_of(5.0, 1e-5, 1)
+    (done,) = history.rounds
+    assert done.kept == {}
+    assert all(part.moved is None and part.drift is None for part in done.parts)
+    start = Workplace(model).fresh(Size(4, 16.0), derive_seed(0, "adapter", 0))
+    moves = []
+    for group in DEPARTMENTS:
+        made = factors_of(tmp_path / "out" / "rounds" / "0001" / group / "adapter-0.safetensors")
+        moves.append(vector(made) - vector(start))
+        noise = 5.0 * 1.0 / 2
+        assert moves[-1].std() == pytest.approx(noise, rel=0.1)
+    assert abs(np.corrcoef(np.stack(moves)) - np.eye(2)).max() < 0.2  # each department has its own
+
+
+@pytest.mark.slow
+def test_frozen_a_stays_as_it_is_and_b_alone_is_noised(model: Path, tmp_path: Path) -> None:
+    found = InProcess(participants(model, tmp_path / "state"))
+    run_rounds(found, private(rule="ffa"), model, tmp_path / "out")
+    start = Workplace(model).fresh(Size(4, 16.0), derive_seed(0, "adapter", 0))
+    made = factors_of(tmp_path / "out" / "rounds" / "0001" / "hr" / "adapter-0.safetensors")
+    for name, tensor in made.items():
+        assert (tensor == start[name]).all() == (".lora_A." in name)
+
+
+def test_a_run_that_was_stopped_has_said_what_it_spent_so_far(model: Path, tmp_path: Path) -> None:
+    asked = private(num_rounds=2, privacy={"epsilon": 8.0, "delta": 1e-5, "max_norm": 1.0})
+    found = InProcess(participants(model, tmp_path / "state"))
+    history = run_rounds(found, asked, model, tmp_path / "out")
+    assert history.privacy
+    assert history.privacy.epsilon == pytest.approx(8.0)
+    file = tmp_path / "out" / "rounds" / "0001" / "history.json"
+    half = History.model_validate_json(file.read_bytes()).privacy
+    assert half
+    assert asked.privacy
+    assert half == spent(asked.privacy, 1, num_planned=2)
+    assert half.epsilon < 8.0
+    longer = asked.model_copy(update={"num_rounds": 3})
+    with pytest.raises(FederationError, match="expected a round of this plan and model, found one"):
+        run_rounds(found, longer, model, tmp_path / "out")
+
+
+def test_without_the_accountant_a_private_run_asks_nobody(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    found = InProcess(participants(model, tmp_path / "state"))
+    with pytest.raises(FederationError, match="expected the library dp-accounting"):
+        run_rounds(found, private(), model, tmp_path / "out")
+    assert not (tmp_path / "out" / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "fedex"}, "privacy: fedex has no bound on what one client changes; take fedavg"),
+        ({"robust": {"name": "median"}}, "privacy: clips changes itself.*; leave out median"),
+        (
+            {"privacy": {"epsilon": 1.0, "delta": 0.25, "max_norm": 1.0}},
+            r"privacy.delta: expected less than 1 / 4 clients, found 0.25; .* take 1e-5",
+        ),
+    ],
+)
+def test_plans_whose_privacy_would_be_none_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        plan(**{"privacy": {"epsilon": 1.0, "delta": 1e-5, "max_norm": 1.0}, **change})

@@ -79,13 +79,15 @@ def mix(
         adapters: Department -> its adapter, both factors.
         weights: Department -> examples of its clients.
 
+    Of fewer departments than clusters, as where some have no adapter in a round, each is alone.
+
     Raises FederationError as `similarities`, `clustered` and `mixed` do.
     """
     found = clustered(
         sorted(adapters),
         similarities(adapters),
         threshold=mixing.threshold,
-        num_clusters=mixing.num_clusters,
+        num_clusters=mixing.num_clusters and min(mixing.num_clusters, len(adapters)),
     )
     return mixed(adapters, weights, mixing.share, found), found
 
