@@ -3,29 +3,51 @@
 from statistics import fmean, stdev
 
 from fedgraft.evaluation.gate import decide
-from fedgraft.evaluation.scorecard import FOLLOWED, Example, Score, Scorecard
+from fedgraft.evaluation.scorecard import (
+    FOLLOWED,
+    RIGHT_AND_FOLLOWED,
+    Example,
+    Score,
+    Scorecard,
+)
+from fedgraft.federation.aggregate import Rule
+from fedgraft.federation.history import History, Part, Round, Spent, means
 from fedgraft.study.comparison import check_claims, summarise, verdict
 from fedgraft.study.cost import StageCost
+from fedgraft.study.departments import means as department_means
+from fedgraft.study.departments import over_seeds
+from fedgraft.study.departments import verdict as departments_verdict
+from fedgraft.study.federation import verdict as federation_verdict
 from fedgraft.study.result import (
     ARM_WORDS,
     ARMS,
     CURVE_ARMS,
+    DEPARTMENT_ARMS,
     FORGOTTEN,
     NEW_FACTS,
     OLD_FACTS,
     TEXT,
     AdapterResult,
     ArmResult,
+    Carried,
     CurvePoint,
+    Departments,
     DomainResult,
+    Federation,
     Forgetting,
+    Holding,
+    Holdings,
     Point,
     Result,
     ScaleCurve,
     ScalePoint,
+    Scored,
+    ScoredModel,
     Summary,
+    Together,
     Way,
 )
+from fedgraft.study.result import NATS as RESULT_NATS
 
 CURVE_SCORES = (FOLLOWED, OLD_FACTS, NEW_FACTS, TEXT)
 
@@ -267,4 +289,173 @@ def over(values: list[float], *, nats: bool = False) -> Summary:
         stdev=stdev(values) if len(values) > 1 else None,
         num_seeds=len(values),
         unit="nats" if nats else "share",
+    )
+
+
+MEMBERS = {department: tuple(f"{department}-{n}" for n in (1, 2, 3)) for department in DEPARTMENTS}
+
+
+def example_history(
+    rule: Rule = "fedavg", seed: int = 1, *, shared: bool = False, num_rounds: int = 3
+) -> History:
+    """Rounds of twelve clients; one is late in the second round, and one update is refused."""
+    adapter = "global" if shared else "department"
+    rounds = []
+    for number in range(1, num_rounds + 1):
+        parts = [
+            example_part(client, department, number, adapter, seed)
+            for department, clients in MEMBERS.items()
+            for client in clients
+        ]
+        if number == 2:
+            parts[0] = Part(client="finance-1", department="finance", fault="late", seconds=9.0)
+            refused = "client 'hr-2': expected finite numbers in 'x', found NaN or infinity; lower"
+            parts[4] = parts[4].model_copy(update={"refused": refused, "scores": {}, "drift": None})
+        rounds.append(
+            Round(
+                number=number,
+                parts=tuple(parts),
+                kept={"hr": "hr: expected updates of 3 of 3 clients, found 2"}
+                if number == 2
+                else {},
+                means=means(parts),
+                seconds={"select": 0.5, "train": 20.0, "aggregate": 0.25, "write": 0.125},
+            )
+        )
+    final = [
+        example_part(client, department, num_rounds + 1, adapter, seed)
+        for department, clients in MEMBERS.items()
+        for client in clients
+    ]
+    return History(
+        name="departments",
+        plan={"rule": rule, "share": "organisation" if shared else "department"},
+        model="sha256:" + "3c" * 32,
+        transport="in process",
+        rounds=tuple(rounds),
+        final=tuple(final),
+    )
+
+
+def example_part(client: str, department: str, number: int, adapter: str, seed: int) -> Part:
+    place = int(client[-1])
+    nats = NATS[department][4] - 0.1 * number + 0.02 * place + 0.01 * seed
+    return Part(
+        client=client,
+        department=department,
+        num_examples=40 + 10 * place,
+        num_scored=1000 * place,
+        scores={"graft" if number == 1 else adapter: nats, "client": nats - 0.03},
+        loss=nats - 0.2,
+        moved=0.4,
+        drift=0.1 * place + 0.05 * number,
+        seconds_training=1.0,
+        seconds_scoring=0.25,
+        seconds=1.5,
+        bytes_up=440_000,
+        bytes_down=450_000,
+    )
+
+
+TRAFFIC = {
+    "adapter": Carried(num_messages=36, bytes_up=15_840_000, bytes_down=16_200_000),
+    "scores": Carried(num_messages=12, bytes_up=3_600, bytes_down=5_400_000),
+    "sizes": Carried(num_messages=12, bytes_up=2_400, bytes_down=6_000),
+}
+HOLDINGS = Holdings(
+    words="each department's documents, cut at random into clients of equal size",
+    labels=tuple(sorted(DEPARTMENTS)),
+    clients=tuple(
+        Holding(
+            client=client,
+            department=department,
+            counts=tuple(
+                60 + 7 * number if label == department else 0 for label in sorted(DEPARTMENTS)
+            ),
+            num_train=48 + 7 * number,
+            num_held_out=6,
+        )
+        for department, clients in MEMBERS.items()
+        for number, client in enumerate(clients)
+    ),
+    skew=0.75,
+)
+
+
+def example_departments(
+    seeds: tuple[int, ...] = (1, 2, 3), rules: tuple[Rule, ...] = ("fedavg", "fedsa", "fedex")
+) -> Departments:
+    """A study of departments with realistic numbers."""
+    gains = {"graft": 0.0, "clients": 0.1, "global": 0.12, "alone": 0.2, "pooled": 0.22}
+    gains |= {rule: 0.14 + 0.01 * place for place, rule in enumerate(rules)}
+    models: dict[str, ScoredModel] = {"graft": "graft", "global": "global", "pooled": "global"}
+    scored = []
+    for seed in seeds:
+        for arm in gains:
+            for department in DEPARTMENTS:
+                personal = arm in ("clients", "fedsa")
+                for place, client in enumerate(MEMBERS[department] if personal else (None,)):
+                    nats = NATS[department][4] - gains[arm] + 0.01 * place + 0.004 * seed
+                    right = 0.6 + gains[arm] / 10 - 0.01 * place - 0.002 * seed
+                    scored.append(
+                        Scored(
+                            arm=arm,
+                            department=department,
+                            seed=seed,
+                            model="client" if client else models.get(arm, "department"),
+                            client=client,
+                            num_documents=50 * (place + 1) if client else 0,
+                            scores={
+                                RESULT_NATS: nats,
+                                RIGHT_AND_FOLLOWED: right,
+                                FOLLOWED: right + 0.2,
+                            },
+                        )
+                    )
+    summary = over_seeds(department_means(scored))
+    return Departments(
+        name="departments",
+        question="What do departments gain by training together?",
+        verdict=departments_verdict(summary),
+        seeds=seeds,
+        words={arm: words for arm, words in DEPARTMENT_ARMS.items() if arm in gains},
+        scored=tuple(scored),
+        summary=summary,
+        weighted=over_seeds(department_means(scored, weighted=True)),
+        tokens=dict.fromkeys([arm for arm in gains if arm != "graft"], 192_000),
+        partition=HOLDINGS,
+        federations=tuple(
+            Together(
+                rule=rule,
+                seed=seed,
+                shared=shared,
+                history=example_history(rule, seed, shared=shared),
+                traffic=TRAFFIC,
+            )
+            for seed in seeds
+            for rule, shared in [*((rule, False) for rule in rules), (rules[0], True)]
+        ),
+        residual={"num_parameters": 2_360_000, "relative_norm": 0.1731},
+        losses={"alone hr, seed 1": ((1, 2.5), (2, 2.4))},
+        costs=(StageCost(stage="seed-1/fedavg", seconds=61.0, num_tokens=192_000),),
+        settings={"federation": {"num_rounds": 3, "rules": list(rules)}, "seeds": list(seeds)},
+        inputs={"base": "sha256:" + "1a" * 32},
+        versions={"fedgraft": "0.1.0", "torch": "2.13.0"},
+    )
+
+
+def example_federation(privacy: Spent | None = None) -> Federation:
+    """What `fedgraft federate` finds, with realistic numbers."""
+    history = example_history().model_copy(update={"privacy": privacy})
+    return Federation(
+        name="handbooks",
+        question="What do the departments learn together?",
+        verdict=federation_verdict(history),
+        history=history,
+        traffic=TRAFFIC,
+        partition=HOLDINGS,
+        seconds=63.2,
+        settings={"name": "handbooks", "num_rounds": 3},
+        inputs={"model": history.model},
+        versions={"fedgraft": "0.1.0", "torch": "2.13.0"},
     )

@@ -5,14 +5,29 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from tests.study.small import content
 
 from fedgraft.errors import ReportError
 from fedgraft.evaluation.scorecard import Score, Scorecard
 from fedgraft.study import result as module
-from fedgraft.study.result import FILE, ArmResult, Forgetting, Result, load_result
+from fedgraft.study.result import (
+    FILE,
+    ArmResult,
+    Departments,
+    Federation,
+    Forgetting,
+    Result,
+    load_result,
+)
 
 KEYS = r"^    (\w+(?:, \w+)*)  "
+KINDS: dict[str, type[BaseModel]] = {
+    "arms": Result,
+    "forgetting": Forgetting,
+    "departments": Departments,
+    "federation": Federation,
+}
 
 
 def some_result() -> Result:
@@ -51,18 +66,29 @@ def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
     assert some_result().write(tmp_path).read_bytes() == first
 
 
+def explained() -> dict[str, list[str]]:
+    """Kind -> the keys that the head of the file explains, `study` for those of every study."""
+    parts = re.split(r"\n(?=A study of |What `fedgraft federate`)", module.__doc__ or "")
+    return {
+        name: [key for line in re.findall(KEYS, part, re.MULTILINE) for key in line.split(", ")]
+        for name, part in zip(("study", *KINDS), parts, strict=True)
+    }
+
+
 def test_every_key_is_explained_at_the_head_of_the_file(tmp_path: Path) -> None:
-    either, of_arms, of_forgetting = (
-        [key for line in re.findall(KEYS, part, re.MULTILINE) for key in line.split(", ")]
-        for part in re.split(r"\nA study of \w+ goes on:", module.__doc__ or "")
+    keys = explained()
+    assert keys["study"] + keys["arms"] == list(
+        json.loads(some_result().write(tmp_path).read_bytes())
     )
-    assert either + of_arms == list(json.loads(some_result().write(tmp_path).read_bytes()))
-    assert sorted(either + of_forgetting) == sorted(Forgetting.model_fields)
+    for name, kind in KINDS.items():
+        shared = [] if name == "federation" else keys["study"]
+        assert sorted(shared + keys[name]) == sorted(kind.model_fields), name
 
 
-def test_the_keys_of_both_kinds_come_first_in_either() -> None:
-    num_shared = len(Result.model_fields.keys() & Forgetting.model_fields.keys())
-    assert list(Result.model_fields)[:num_shared] == list(Forgetting.model_fields)[:num_shared]
+def test_the_keys_of_every_study_come_first_in_each() -> None:
+    shared = explained()["study"]
+    for name in ("arms", "forgetting", "departments"):
+        assert list(KINDS[name].model_fields)[: len(shared)] == shared
 
 
 def test_a_result_is_loaded_as_the_kind_that_it_is(tmp_path: Path) -> None:

@@ -10,12 +10,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedgraft.cli import compression, corpus, evaluation, graft, studies, training, weights
+from fedgraft.cli import (
+    compression,
+    corpus,
+    evaluation,
+    federate,
+    graft,
+    studies,
+    training,
+    weights,
+)
 from fedgraft.errors import FedgraftError
 
 ORDER = (
     *("quickstart", "family", "residual", "graft", "crawl", "corpus", "pretrain", "adapt"),
-    *("evaluate", "study", "report", "chat"),
+    *("federate", "evaluate", "study", "report", "chat"),
 )
 """The verbs as a newcomer meets them."""
 
@@ -56,6 +65,11 @@ app = typer.Typer(
 family = typer.Typer(no_args_is_help=True, help="check: prove that two checkpoints are one family.")
 residual = typer.Typer(
     no_args_is_help=True, help="extract, verify, compress, inspect: what instruct - base is."
+)
+federation = typer.Typer(
+    cls=federate.Federate,
+    no_args_is_help=True,
+    help="PLAN --out DIR: departments train adapters together, their text stays with them.",
 )
 study = typer.Typer(
     no_args_is_help=True, help="plan, run: answer a question with arms, seeds and a report."
@@ -121,6 +135,7 @@ app.command(
         "fedgraft adapt runs/grafted --department hr --data hr.jsonl --out runs/adapter-hr"
     )
 )(training.adapt)
+app.add_typer(federation, name="federate")
 app.command(
     epilog=example("fedgraft evaluate runs/grafted --data hr=hr.jsonl --dialogues asked.jsonl")
 )(evaluation.evaluate)
@@ -146,6 +161,12 @@ residual.command(
 residual.command(
     epilog=example("fedgraft residual compress runs/residual --form packed --out runs/small")
 )(compression.compress)
+federation.command(epilog=example("fedgraft federate handbooks.yaml --out runs/together"))(
+    federate.run
+)
+federation.command(
+    epilog=example("fedgraft federate serve hr-1.yaml --socket /run/fedgraft/hr-1.sock")
+)(federate.serve)
 study.command(
     epilog=example("fedgraft study plan studies/llama3_8b.yaml --hardware h100 --processes 8")
 )(studies.plan)

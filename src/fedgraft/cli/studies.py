@@ -83,12 +83,12 @@ def report(
 
 def _run(file: Path, out: Path) -> None:
     from fedgraft.report.page import write_report
-    from fedgraft.study import arms, forgetting
+    from fedgraft.study import arms, departments, forgetting
     from fedgraft.study.study import Study
 
     study = Study.load(file, places_of(file, out))
-    run_study = forgetting.run if study.curve else arms.run
-    result = run_study(study, out, say=lambda line: typer.echo(line, err=True))
+    kinds = {"arms": arms.run, "forgetting": forgetting.run, "departments": departments.run}
+    result = kinds[study.kind](study, out, say=lambda line: typer.echo(line, err=True))
     page = write_report(out)
     typer.echo(f"\n{result.verdict}\n")
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"

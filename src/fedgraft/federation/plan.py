@@ -29,14 +29,11 @@ class Robust(BaseModel):
     """Clients of a group that may be hostile: trimmed at either end, or left out by Krum."""
 
 
-class Plan(BaseModel):
-    """What all rounds have in common; one round asks, checks, aggregates and is kept."""
+class Settings(BaseModel):
+    """What all rounds have in common, whoever takes part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    departments: dict[Name, tuple[Name, ...]] = Field(min_length=1)
-    """Department -> its clients. Nobody else is asked."""
     share: Literal["department", "organisation"] = "department"
     """Who has an adapter in common: each department, or all of them."""
     num_rounds: int = Field(gt=0)
@@ -74,6 +71,14 @@ class Plan(BaseModel):
         if "seed" in settings.model_fields_set and settings.seed:
             raise ValueError("the seed comes from the plan's `seed`; take it out here")
         return settings
+
+
+class Plan(Settings):
+    """A federation: its settings, and who takes part."""
+
+    name: str
+    departments: dict[Name, tuple[Name, ...]] = Field(min_length=1)
+    """Department -> its clients. Nobody else is asked."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":

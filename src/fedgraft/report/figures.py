@@ -163,14 +163,16 @@ def curves(
     x_label: str,
     y_label: str,
     y_range: tuple[float, float] | None = None,
+    logarithmic: bool = True,
 ) -> str:
-    """Lines of means over a logarithmic x axis, each in the band from its lowest to its highest.
+    """Lines of means over an x axis, each in the band from its lowest to its highest.
 
     `levels` are dashed lines at their first `y`, to be compared with.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _plot(2.9)
-        axes.set_xscale("log")
+        if logarithmic:
+            axes.set_xscale("log")
         for level in levels:
             if level.y and level.y[0] is not None:
                 axes.axhline(
@@ -191,9 +193,10 @@ def curves(
             axes.plot(x, y, clip_on=False, zorder=3, **style)
             gap = "" if len(known) == len(row.x) else ", in part missing" if known else " missing"
             axes.plot([], [], label=row.name + gap, **style)
-        if ticks:
+        if ticks and logarithmic:
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         axes.xaxis.set_minor_locator(NullLocator())
+        ticks = ticks if logarithmic else ticks[:: 1 + len(ticks) // 12]
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
         if y_range:
             axes.set_ylim(*y_range)
@@ -281,6 +284,38 @@ def magnitudes(series: Sequence[Series], words: Callable[[float], str]) -> str:
             )
         axes.xaxis.set_visible(False)
         _rows(axes, [row.name for row in series])
+        return _svg(figure)
+
+
+def shares(series: Sequence[Series], groups: Sequence[str], words: Callable[[float], str]) -> str:
+    """A bar a group, made of a part of each series; `words` says what the whole is.
+
+    A group with a part that is missing has no bar.
+    """
+    with mpl.rc_context(STYLE):
+        rows = (len(series) + 2) // 3
+        figure, axes = _plot(0.7 + 0.42 * len(groups) + 0.24 * rows)
+        ends = [0.0] * len(groups)
+        for row in series:
+            for place, value in enumerate(row.x):
+                if value is not None:
+                    axes.barh(
+                        place, value, left=ends[place], height=0.56, color=row.colour, alpha=0.85
+                    )
+                    ends[place] += value
+            axes.barh(0, 0, color=row.colour, alpha=0.85, label=row.name)
+        for place, end in enumerate(ends):
+            if any(row.x[place] is None for row in series):
+                _missing(axes, end, place)
+            else:
+                note = words(end)
+                axes.annotate(
+                    note, (end, place), xytext=(6, 0), textcoords="offset points", va="center"
+                )
+        axes.set_xlim(0, 1.3 * max([*ends, 1e-9]))
+        axes.xaxis.set_visible(False)
+        _rows(axes, groups)
+        _legend(figure, axes)
         return _svg(figure)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
-from fedgraft.report import figures, forgetting
+from fedgraft.report import departments, figures, forgetting
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
@@ -29,7 +29,16 @@ from fedgraft.report.words import (
     spaced,
     spread,
 )
-from fedgraft.study.result import NEW_FACTS, Forgetting, Result, Summary, load_result
+from fedgraft.study.result import (
+    NEW_FACTS,
+    Departments,
+    Federation,
+    Forgetting,
+    Result,
+    Summary,
+    Whichever,
+    load_result,
+)
 
 PAGE = "report.html"
 
@@ -47,10 +56,20 @@ def write_report(directory: Path) -> Path:
     return partial.rename(page)
 
 
-def render(result: Result | Forgetting) -> str:
-    """The page of a result of either kind."""
-    if isinstance(result, Forgetting):
-        return forgetting.render(result)
+def render(result: Whichever) -> str:
+    """The page of a result of any kind."""
+    match result:
+        case Forgetting():
+            return forgetting.render(result)
+        case Departments():
+            return departments.render(result)
+        case Federation():
+            return departments.render_federation(result)
+        case Result():
+            return _of_arms(result)
+
+
+def _of_arms(result: Result) -> str:
     return fill(
         "template.html",
         *(duration, count, power, score, spread, figure),

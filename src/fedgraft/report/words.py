@@ -122,6 +122,14 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def size(num_bytes: float) -> str:
+    """`1.2 MB`."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def power(number: float) -> str:
     """`2.3 × 10¹³`."""
     mantissa, _, exponent = f"{number:.1e}".partition("e")

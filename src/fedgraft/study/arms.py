@@ -23,19 +23,23 @@ from fedgraft.models import open_model
 from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.comparison import check_claims, summarise, verdict
 from fedgraft.study.cost import graft_flops, training_flops, tuning_ratio
+from fedgraft.study.material import shared_out
 from fedgraft.study.result import (
     ARM_WORDS,
     ARMS,
+    NATS,
     AdapterResult,
     ArmResult,
     MergingResult,
     Result,
     ScaleCurve,
     ScalePoint,
+    Together,
 )
-from fedgraft.study.run import PLAINLY, SCORECARD, Run, versions
+from fedgraft.study.run import PLAINLY, SCORECARD, versions
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import Merging, Study
+from fedgraft.study.together import Federating
 from fedgraft.text.dialogues import Dialogue
 from fedgraft.text.packing import Rows
 from fedgraft.training.adapter import open_adapted, train_adapter
@@ -46,18 +50,20 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Result:
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
 
-    Raises StudyError for a study of forgetting (`curve`), which `study.forgetting.run` runs.
+    Raises StudyError for a study of forgetting (`curve`) or of departments (`federation.rules`),
+    which `study.forgetting.run` and `study.departments.run` run.
     """
-    if study.curve:
+    if study.kind != "arms":
+        key = "curve" if study.curve else "federation.rules"
         raise StudyError(
-            f"{study.name}: expected a study of arms, found one with `curve`; run it with "
-            "fedgraft.study.forgetting.run"
+            f"{study.name}: expected a study of arms, found one with `{key}`; run it with "
+            f"fedgraft.study.{study.kind}.run"
         )
     _Arms(study, out, say).everything()
     return Result.load(out)
 
 
-class _Arms(Run):
+class _Arms(Federating):
     """One run of a study of arms."""
 
     def everything(self) -> None:
@@ -69,6 +75,7 @@ class _Arms(Run):
             **{arm: [] for arm in ARMS[2:]},
         }
         scales, adapters, decisions = [], [], []
+        federations: list[Together] = []
         merged: dict[str, list[tuple[ScaleCurve, Scorecard]]] = {way: [] for way in study.merging}
         for seed in study.seeds:
             s1 = self._pretrain("s1", seed, self.instruct)
@@ -81,6 +88,10 @@ class _Arms(Run):
             scales.append(curve)
             for way, merging in study.merging.items():
                 merged[way].append(self._merge(seed, pretrained, way, merging))
+            if study.federation:
+                found, together = self._federated(seed, grafted, cards["graft"][-1])
+                adapters += found
+                federations.append(together)
             adapters += self._adapters(seed, grafted, cards["graft"][-1])
             references = {arm: cards[arm][0] for arm in ("base", "instruct")}
             decisions.append(decide(cards["graft"][-1], references, study.gate))
@@ -113,6 +124,7 @@ class _Arms(Run):
             costs=tuple(self.costs),
             tuning=self._tuning_cost(tokens),
             tokens=tokens,
+            federations=tuple(federations),
             settings=study.as_written,
             inputs=self.inputs(),
             versions=versions(),
@@ -305,6 +317,35 @@ class _Arms(Run):
                 )
             )
         return results
+
+    def _federated(
+        self, seed: int, grafted: Path, before: Scorecard
+    ) -> tuple[list[AdapterResult], Together]:
+        """The departments' adapters, trained by their clients together."""
+        part = self.study.federation
+        assert part
+        clients = shared_out(self.material.splits, part.partition, seed)
+        plan = self.plan(clients, seed)
+        scored, together = self.federate(
+            grafted,
+            clients,
+            plan,
+            Path(f"seed-{seed}", "adapters"),
+            arm=part.rule,
+            seed=seed,
+            title=f"seed {seed}: adapters, {len(plan.clients)} clients together",
+        )
+        return [
+            AdapterResult(
+                department=one.department,
+                seed=seed,
+                nats_per_token_before=before.scores[f"perplexity/{one.department}/{NATS}"].value,
+                nats_per_token_after=one.scores[NATS],
+                followed_before=before.value(f"{FOLLOWED}/{one.department}"),
+                followed_after=one.scores.get(FOLLOWED),
+            )
+            for one in scored
+        ], together
 
     def _num_tokens(self) -> int:
         return max(cost.num_tokens for cost in self.costs if cost.stage.startswith("s1"))

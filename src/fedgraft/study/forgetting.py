@@ -55,8 +55,8 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
     """
     if study.curve is None:
         raise StudyError(
-            f"{study.name}: expected a study with `curve`, found one of arms; run it with "
-            "fedgraft.study.arms.run"
+            f"{study.name}: expected a study with `curve`, found one of {study.kind}; run it with "
+            f"fedgraft.study.{study.kind}.run"
         )
     _Forgetting(study, out, say).everything()
     return Forgetting.load(out)

@@ -1,17 +1,26 @@
-"""What the models of a study read and are asked: its texts, split, and its questions."""
+"""What the models of a study read and are asked: its texts, split, and its questions.
 
-from collections.abc import Callable, Iterable
+corpus of a department -- split by hash --> train | validation | test
+        |                                     |         |         |
+        +-- partition --> client 1 of it    its own part of each
+                          client 2 ...
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from fedgraft.errors import StudyError
+from fedgraft.errors import FederationError, StudyError
 from fedgraft.evaluation.knowledge import Question, load_questions
-from fedgraft.provenance import hash_json
+from fedgraft.federation.partition import Partition
+from fedgraft.provenance import derive_seed, hash_json
 from fedgraft.study.study import Scored, Study, Texts
 from fedgraft.text.corpus import Corpus, Document, Splits
 from fedgraft.text.dialogues import Dialogue, load_dialogues
 
 _Asked = TypeVar("_Asked", Dialogue, Question)
+Clients = Mapping[str, Mapping[str, Splits]]
+"""Department -> its clients -> the documents of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +43,14 @@ class Material:
         Raises CorpusError, DialogueError or EvaluationError for what cannot be read, StudyError
         where a department or a domain has too few documents to hold some out.
         """
-        splits = {name: _split("department", name, t) for name, t in study.departments.items()}
+        splits = {name: split_texts("department", name, t) for name, t in study.departments.items()}
         domains = study.curve.domains.texts if study.curve and study.curve.domains else {}
         held_out = {d.hash for s in splits.values() for d in (*s.validation, *s.test)}
         old = _load(study.replay, None).documents if study.replay else ()
         dialogues, questions = study.dialogues, study.questions
         return cls(
             splits=splits,
-            domains={name: _split("domain", name, texts) for name, texts in domains.items()},
+            domains={name: split_texts("domain", name, texts) for name, texts in domains.items()},
             replay=tuple(document for document in old if document.hash not in held_out),
             validation_dialogues=_asked(load_dialogues, dialogues, "validation"),
             test_dialogues=_asked(load_dialogues, dialogues, "test"),
@@ -79,7 +88,66 @@ def first_by_hash(documents: Iterable[Document], limit: int | None) -> list[Docu
     return sorted(documents, key=lambda document: document.hash)[:limit]
 
 
-def _split(kind: str, name: str, texts: Texts) -> Splits:
+def shared_out(departments: Mapping[str, Splits], partition: Partition, seed: int) -> Clients:
+    """Give the documents of each department to its clients; a document stays in its part.
+
+    A client of `departments` is named `hr-1`, those of other partitions by their own last name,
+    such as `hr-2` or `hr-translation`.
+
+    Raises StudyError, with all clients at once, where one has nothing to train on or to be scored
+    on (validation), and with the department where it cannot be parted.
+    """
+    seeded = partition.model_copy(update={"seed": derive_seed(seed, "clients", partition.seed)})
+    clients = {name: _parted(name, split, seeded) for name, split in departments.items()}
+    faults = [
+        f"  {client}: no document for {part}, of {len(splits.train)} for train, "
+        f"{len(splits.validation)} for validation"
+        for members in clients.values()
+        for client, splits in members.items()
+        for part in ("train", "validation")
+        if not getattr(splits, part)
+    ]
+    if faults:
+        raise StudyError(
+            "expected documents to train on and to hold out for each client (about a tenth is held "
+            f"out), found {len(faults)} without; ask for fewer clients or add text:\n"
+            + "\n".join(faults)
+        )
+    return clients
+
+
+def _parted(department: str, splits: Splits, partition: Partition) -> dict[str, Splits]:
+    documents = [*splits.train, *splits.validation, *splits.test]
+    fields: dict[str, list[str | None]] = {"department": [department] * len(documents)}
+    field = partition.label_field
+    if field and field != "department":
+        fields = {field: [document.facts.get(field) for document in documents]}
+    try:
+        places = partition.clients(fields, ids=[document.hash for document in documents])
+    except FederationError as error:
+        raise StudyError(f"department {department}: {error}") from error
+    own = department if partition.label_field == "department" else ""
+    members = {
+        client if own else f"{department}-{client.removeprefix('client-')}": {
+            documents[place].hash for place in chosen
+        }
+        for client, chosen in places.items()
+    }
+    return {
+        client: Splits(
+            train=tuple(d for d in splits.train if d.hash in ours),
+            validation=tuple(d for d in splits.validation if d.hash in ours),
+            test=tuple(d for d in splits.test if d.hash in ours),
+        )
+        for client, ours in members.items()
+    }
+
+
+def split_texts(kind: str, name: str, texts: Texts) -> Splits:
+    """The text of a department or a domain, split.
+
+    Raises CorpusError for what cannot be read, StudyError for too little to hold some out.
+    """
     split = _load(texts, name).split()
     empty = [part for part in ("train", "validation", "test") if not getattr(split, part)]
     if empty:

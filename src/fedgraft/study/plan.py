@@ -27,7 +27,7 @@ from fedgraft.study.cost import (
 from fedgraft.study.machine import Machine
 from fedgraft.study.memory import Memory, training_memory
 from fedgraft.study.shape import Shape
-from fedgraft.study.study import Study
+from fedgraft.study.study import FederationPart, Study
 from fedgraft.training.settings import AdapterSettings, Lora, PretrainSettings, TrainingSettings
 from fedgraft.weights.checkpoint import CONFIG_DTYPES, DTYPES, Checkpoint, fetched
 
@@ -42,7 +42,9 @@ STATE_COPIES = 3
 STATE_BYTES = 12
 """A trained parameter in such a state: its float32 number and two moments."""
 ARMS_TRAINED = 2
-"""S1 and the newer base."""
+"""S1 and the newer base; a study of departments trains the newer base alone."""
+OTHER_ARMS = 4
+"""Of a study of departments, beside its rules: each with the tokens of one rule."""
 
 Stage = Literal["pre-training", "domains", "adapters"]
 
@@ -135,15 +137,18 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
         raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
     shape, at_hand = _shape(study)
     num_ways = len(study.ways) if study.curve else 1
+    num_arms = 1 if study.kind == "departments" else ARMS_TRAINED
     texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
     settings: dict[Stage, tuple[TrainingSettings, int]] = {
-        "pre-training": (study.pretrain, ARMS_TRAINED * num_ways * len(study.seeds))
+        "pre-training": (study.pretrain, num_arms * num_ways * len(study.seeds))
     }
     if texts:
         runs = ARMS_TRAINED * len(texts) * len(study.seeds)
         settings["domains"] = study.domain_settings, runs
     if study.adapters:
         settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
+    if study.federation:
+        settings["adapters"] = study.federation.training, _client_rounds(study, study.federation)
     faults = [
         f"  {'pretrain' if stage == 'pre-training' else stage}.{fault}"
         for stage, (one, _) in settings.items()
@@ -189,6 +194,13 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
         not_there=study.not_there + missing,
         notes=tuple(_notes(study, shape, machine, trainings, num_processes)),
     )
+
+
+def _client_rounds(study: Study, federation: FederationPart) -> int:
+    """How often one client trains in one round, in all arms and seeds; elsewhere as many tokens."""
+    num_clients = len(study.departments) * federation.partition.num_clients
+    num_arms = len(federation.rules) + OTHER_ARMS if federation.rules else 1
+    return num_arms * num_clients * federation.num_rounds * len(study.seeds)
 
 
 def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:

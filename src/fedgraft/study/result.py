@@ -1,8 +1,8 @@
 """What a study found: the one file `result.json`, from which the report is drawn.
 
-Key by key, as written by a study of either kind:
+Key by key, as written by a study of any kind:
 
-    kind               `arms` (Result) or `forgetting` (Forgetting)
+    kind               `arms` (Result), `forgetting` (Forgetting) or `departments` (Departments)
     format             version of this layout
     name, question     of the study
     verdict            a few sentences in plain words
@@ -24,6 +24,7 @@ A study of arms goes on:
     adapters           for each department and seed: before (graft) and after
     tuning             what instruction tuning again would cost, by the paper's formula
     tokens             tokens of continued pre-training in each arm
+    federations        where adapters are federated: rule, seed, history and traffic of each
 
 A study of forgetting goes on:
 
@@ -37,9 +38,35 @@ A study of forgetting goes on:
                        arm -> score -> mean and spread; `forgotten` among them is what the arm
                        follows less than the instruct model as it came
     learning_rates     training stage -> [step, learning rate]
+
+A study of departments goes on:
+
+    seeds              of the study
+    words              arm -> what it is
+    scored             arm, department, seed, the model that was scored, its client: score -> value
+    summary            arm -> department, or `all` -> score -> mean and spread over the seeds; of
+                       clients' models the mean over clients, each alike
+    weighted           the same of clients' models alone, weighted by the documents they train on
+    tokens             arm -> tokens that all its adapters together were trained on
+    partition          which client has how many documents of what, with the first seed
+    federations        rule, seed, history and traffic of each
+
+What `fedgraft federate` writes is no study (Federation):
+
+    kind               `federation`
+    format             version of this layout
+    name, question     of its file
+    verdict            a few sentences in plain words
+    history            what happened, round by round; see `federation.history`
+    traffic            kind of message -> messages, bytes up, bytes down
+    partition          as above
+    seconds            of the whole run, on the clock
+    settings           the file as it was read
+    inputs             role -> content hash
+    versions           fedgraft and the libraries
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -48,6 +75,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from fedgraft.errors import ReportError
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import Scorecard
+from fedgraft.federation.aggregate import Rule
+from fedgraft.federation.history import History
 from fedgraft.study.cost import StageCost
 
 _Kind = TypeVar("_Kind")
@@ -68,6 +97,32 @@ OLD_FACTS, NEW_FACTS = "knowledge/asked/old", "knowledge/asked/new"
 TEXT = "perplexity/new/nats_per_token"
 """On a curve: of the new text of all departments; of a domain, the domain's."""
 FORGOTTEN = "forgotten"
+
+NATS = "nats_per_token"
+ALL = "all"
+"""The departments together: the mean over them, each alike."""
+RULE_WORDS: Mapping[Rule, str] = {
+    "fedavg": "FedAvg",
+    "ffa": "FFA-LoRA",
+    "fedsa": "FedSA-LoRA",
+    "flora": "FLoRA",
+    "flexlora": "FlexLoRA",
+    "fedex": "FedEx-LoRA",
+}
+DEPARTMENT_ARMS: Mapping[str, str] = {
+    "graft": "the graft, without an adapter",
+    "clients": "each client's adapter, trained on its own text alone; the mean over clients",
+    **{
+        str(rule): f"the department's adapter, which its clients train together by {words}"
+        for rule, words in RULE_WORDS.items()
+    },
+    "fedsa": "each client's personal adapter by FedSA-LoRA, which shares A alone; the mean over "
+    "clients",
+    "global": "one adapter, which the clients of all departments train together",
+    "alone": "the department's adapter, trained on all of its text at one place",
+    "pooled": "one adapter, trained on the text of all departments at one place",
+}
+"""In the order of what has to leave a client: nothing, an adapter, the text."""
 
 
 class _Record(BaseModel):
@@ -139,7 +194,67 @@ class AdapterResult(_Record):
     followed_after: float | None
 
 
-class _Found(_Record):
+class Carried(_Record):
+    """Messages, and what they weighed."""
+
+    num_messages: int
+    bytes_up: int
+    """From clients."""
+    bytes_down: int
+
+
+class Together(_Record):
+    """A federation that a study ran."""
+
+    rule: Rule
+    seed: int
+    shared: bool
+    """One adapter for the clients of all departments, not one for each."""
+    history: History
+    traffic: dict[str, Carried]
+    """By kind of message."""
+
+
+class Holding(_Record):
+    """What one client has."""
+
+    client: str
+    department: str
+    counts: tuple[int, ...]
+    """Documents of each label."""
+    num_train: int
+    num_held_out: int
+
+
+class Holdings(_Record):
+    """Which client has how many documents of what."""
+
+    words: str
+    labels: tuple[str, ...]
+    clients: tuple[Holding, ...]
+    skew: float
+    """How far labels differ between clients; see `federation.partition.Summary`."""
+
+
+class _Written(_Record):
+    """What goes to the file, and comes back."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read the result in a directory.
+
+        Raises ReportError where there is none, or one that this version cannot read.
+        """
+        return _read(directory, cls.model_validate_json)
+
+    def write(self, directory: Path) -> Path:
+        file = directory / FILE
+        partial = file.with_suffix(".partial")
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return partial.rename(file)
+
+
+class _Found(_Written):
     """What every kind of study writes down."""
 
     kind: str
@@ -153,20 +268,6 @@ class _Found(_Record):
     settings: dict[str, Any]
     inputs: dict[str, str]
     versions: dict[str, str]
-
-    @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read the result of a study's directory.
-
-        Raises ReportError where there is none, or one that this version cannot read.
-        """
-        return _read(directory, cls.model_validate_json)
-
-    def write(self, directory: Path) -> Path:
-        file = directory / FILE
-        partial = file.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return partial.rename(file)
 
 
 class Result(_Found):
@@ -182,6 +283,7 @@ class Result(_Found):
     adapters: tuple[AdapterResult, ...]
     tuning: dict[str, float]
     tokens: int
+    federations: tuple[Together, ...] = ()
 
 
 class Way(_Record):
@@ -241,14 +343,69 @@ class Forgetting(_Found):
     learning_rates: dict[str, tuple[tuple[int, float], ...]]
 
 
-def load_result(directory: Path) -> Result | Forgetting:
-    """Read the result of a study's directory, whatever its kind.
+ScoredModel = Literal["graft", "global", "department", "client"]
+"""The graft alone, or it with an adapter: of all, of a department or of a client."""
+
+
+class Scored(_Record):
+    """One model on the held-out material of one department."""
+
+    arm: str
+    department: str
+    seed: int
+    model: ScoredModel
+    client: str | None = None
+    num_documents: int = 0
+    """Of a client's model: what it trains on, its weight."""
+    scores: dict[str, float]
+
+
+Scores = dict[str, dict[str, dict[str, Summary]]]
+"""Arm -> department -> score -> its summary over seeds."""
+
+
+class Departments(_Found):
+    """See the head of this file."""
+
+    kind: Literal["departments"] = "departments"
+    seeds: tuple[int, ...]
+    words: dict[str, str]
+    scored: tuple[Scored, ...]
+    summary: Scores
+    weighted: Scores
+    tokens: dict[str, int]
+    partition: Holdings
+    federations: tuple[Together, ...]
+
+
+class Federation(_Written):
+    """See the head of this file."""
+
+    kind: Literal["federation"] = "federation"
+    format: Literal[1] = 1
+    name: str
+    question: str
+    verdict: str
+    history: History
+    traffic: dict[str, Carried]
+    partition: Holdings | None
+    """None where clients are elsewhere, and what they have is not known."""
+    seconds: float
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+
+
+Whichever = Result | Forgetting | Departments | Federation
+"""A result of any kind."""
+
+
+def load_result(directory: Path) -> Whichever:
+    """Read the result in a directory, whatever its kind.
 
     Raises ReportError where there is none, or one that this version cannot read.
     """
-    either: TypeAdapter[Result | Forgetting] = TypeAdapter(
-        Annotated[Result | Forgetting, Field(discriminator="kind")]
-    )
+    either: TypeAdapter[Whichever] = TypeAdapter(Annotated[Whichever, Field(discriminator="kind")])
     return _read(directory, either.validate_json)
 
 

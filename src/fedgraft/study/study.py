@@ -1,12 +1,17 @@
 """A study file: the question, the family, the text, and the settings of every arm.
 
+    kind           asked for by         what is compared
+    arms           (nothing)            ways to a model that has read the new text
+    forgetting     curve                the same, against tokens read
+    departments    federation.rules     ways to an adapter for each department, over the graft
+
 Paths may name a place, `pocket:base` or `data:dept/hr.jsonl`; the caller says where places are.
 Others are relative to the study file. A model may also be a name on the hub.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,11 +27,19 @@ from pydantic import (
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.gate import DEFAULT_RULES, Rule
 from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
+from fedgraft.federation import aggregate
+from fedgraft.federation.partition import Partition
+from fedgraft.federation.plan import Plan, Settings
 from fedgraft.study.cost import Tuning
 from fedgraft.study.result import ARMS, Way
 from fedgraft.study.shape import Shape
 from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
 from fedgraft.weights.merging import PLAIN, Factors, Method
+
+Kind = Literal["arms", "forgetting", "departments"]
+MODELS = ("base", "instruct", "model")
+"""Keys of a file whose value is a model, which may be a name on the hub."""
+_File = TypeVar("_File", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -97,6 +110,44 @@ class Curve(_Part):
     domains: Domains | None = None
 
 
+class FederationPart(Settings):
+    """How departments train adapters together: the settings of `federation.plan`, and who their
+    clients are. `training` is of one client in one round."""
+
+    partition: Partition = Partition(num_clients=3)
+    """How the documents of each department go to its clients."""
+    rules: tuple[aggregate.Rule, ...] = ()
+    """With them the study is one of departments, which compares them; `rule` is then that of the
+    adapter that all departments share."""
+
+    @field_validator("partition")
+    @classmethod
+    def _seedless_partition(cls, partition: Partition) -> Partition:
+        if "seed" in partition.model_fields_set:
+            raise ValueError("the seed comes from `seeds`; take it out here")
+        return partition
+
+    @model_validator(mode="after")
+    def _told_elsewhere(self) -> "FederationPart":
+        told = {"seed": "seeds", "row_length": "row_length", "window": "evaluation.window"}
+        if twice := sorted(told.keys() & self.model_fields_set):
+            raise ValueError(f"{twice[0]}: comes from the study's `{told[twice[0]]}`; take it out")
+        if len(set(self.rules)) != len(self.rules):
+            raise ValueError(f"rules: one is given twice in {list(self.rules)}")
+        if self.rules and self.share != "department":
+            raise ValueError(
+                "share: a study of departments makes the adapter of each department and the one "
+                "that all share; take it out"
+            )
+        return self
+
+    def plan(self, name: str, departments: Mapping[str, Iterable[str]], **changes: Any) -> Plan:
+        """The plan of clients by department, with changes of the settings."""
+        settings = self.model_dump(exclude={"partition", "rules"}, exclude_unset=True)
+        members = {department: tuple(names) for department, names in departments.items()}
+        return Plan.model_validate(settings | {"name": name, "departments": members} | changes)
+
+
 class EvaluationPart(_Part):
     """How arms are scored."""
 
@@ -127,6 +178,9 @@ class Study(_Part):
     adapters: AdapterSettings | None = None
     curve: Curve | None = None
     """With it the study is one of forgetting against tokens, with replay and without."""
+    federation: FederationPart | None = None
+    """Adapters that clients train together, in place of `adapters`; with `rules` in it the study is
+    one of departments."""
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
     gate: tuple[Rule, ...] = DEFAULT_RULES
@@ -155,7 +209,16 @@ class Study(_Part):
             raise ValueError("a search for the scale needs dialogues (validation and test)")
         if self.curve:
             self._check_curve(self.curve)
+        if self.federation:
+            self._check_federation(self.federation)
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """What the study compares; see the head of this file."""
+        if self.curve:
+            return "forgetting"
+        return "departments" if self.federation and self.federation.rules else "arms"
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -181,7 +244,8 @@ class Study(_Part):
 
     def _check_curve(self, curve: Curve) -> None:
         pretrain, domains = self.pretrain, curve.domains
-        if idle := {"scale", "merging", "adapters", "gate", "tuning"} & self.model_fields_set:
+        idle = {"scale", "merging", "adapters", "federation", "gate", "tuning"}
+        if idle := idle & self.model_fields_set:
             raise ValueError(
                 f"a curve grafts the plain residual and tunes nothing; take {_listed(idle)} out"
             )
@@ -212,6 +276,28 @@ class Study(_Part):
                 "another name"
             )
 
+    def _check_federation(self, federation: FederationPart) -> None:
+        if self.adapters:
+            raise ValueError(
+                "federation: trains the adapters of the departments; take `adapters` out"
+            )
+        idle = {"merging", "gate", "tuning"} & self.model_fields_set
+        if federation.rules and idle:
+            raise ValueError(
+                f"a study of departments compares adapters over the graft; take {_listed(idle)} out"
+            )
+        if federation.rules and len(self.scale.grid) > 1:
+            raise ValueError(
+                "scale.grid: a study of departments searches for no scale; name one alone"
+            )
+        somebody = {department: [f"{department}-1"] for department in self.departments}
+        for rule in dict.fromkeys((federation.rule, *federation.rules)):
+            try:
+                federation.plan(self.name, somebody, rule=rule, sizes={})
+            except ValidationError as error:
+                faults = "; ".join(faults_of(error))
+                raise ValueError(f"federation with rule {rule}: {faults}") from error
+
     @classmethod
     def load(cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> "Study":
         """Read a study file and find every path that it names.
@@ -221,24 +307,14 @@ class Study(_Part):
         Raises StudyError with *all* faults at once: unknown and missing keys, values out of their
         bounds, unknown places, paths that lead nowhere.
         """
-        path = Path(file)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise StudyError(f"{file}: expected a study in YAML, found: {error}") from error
-        try:
-            study = cls.model_validate(content)
-        except ValidationError as error:
-            faults = [
-                f"  {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
-                for fault in error.errors()
-            ]
-            raise StudyError(
-                f"{file}: expected a study, found {len(faults)} faults:\n" + "\n".join(faults)
-            ) from error
-        resolved = study._resolved(path, places, dry=dry)
-        resolved._as_written = study.model_dump(mode="json")
-        return resolved
+        written = read_yaml(file, cls, "study")
+        content, not_there = with_paths(
+            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
+        )
+        study = cls.model_validate(content)
+        study._as_written = written.model_dump(mode="json")
+        study._not_there = not_there
+        return study
 
     @property
     def as_written(self) -> dict[str, Any]:
@@ -250,43 +326,75 @@ class Study(_Part):
         """Text, as the file names it, that a dry run did not find."""
         return self._not_there
 
-    def _resolved(self, file: Path, places: Mapping[str, Path], *, dry: bool) -> "Study":
-        faults: list[str] = []
-        not_there: list[str] = []
 
-        def find(name: str, *, model: bool = False) -> str:
-            place, colon, rest = name.partition(":")
-            if colon and place not in places:
-                known = ", ".join(f"{p}:" for p in places) or "none"
-                faults.append(f"  {name}: no place is called {place!r} (known: {known})")
-                return name
-            found = places[place] / rest if colon else file.absolute().parent / name
-            if found.exists() or (model and not colon and name.count("/") == 1):
-                pass
-            elif dry and not model:
-                not_there.append(name)
-            else:
-                faults.append(f"  {name}: there is nothing at {found}")
-            return str(found) if colon or found.exists() else name
+def read_yaml(file: str | Path, kind: type[_File], noun: str) -> _File:
+    """A YAML file as a record of the kind.
 
-        def resolve(value: Any, key: str = "") -> Any:
-            match value:
-                case dict():
-                    return {name: resolve(one, name) for name, one in value.items()}
-                case tuple() | list() if key == "corpus":
-                    return tuple(find(one) for one in value)
-                case str() if key in ("base", "instruct"):
-                    return find(value, model=True)
-                case str() if key in ("validation", "test"):
-                    return find(value)
-            return value
+    Raises StudyError with *all* faults at once: unknown and missing keys, values out of bounds.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StudyError(f"{file}: expected a {noun} in YAML, found: {error}") from error
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        faults = faults_of(error)
+        raise StudyError(
+            f"{file}: expected a {noun}, found {len(faults)} faults:\n"
+            + "\n".join(f"  {fault}" for fault in faults)
+        ) from error
 
-        content = resolve(self.model_dump(exclude_unset=True))
-        if faults:
-            raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
-        resolved = Study.model_validate(content)
-        resolved._not_there = tuple(not_there)
-        return resolved
+
+def faults_of(error: ValidationError) -> list[str]:
+    """`where: what` for each fault."""
+    return [
+        f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
+        for fault in error.errors()
+    ]
+
+
+def with_paths(
+    content: Mapping[str, Any], file: Path, places: Mapping[str, Path], *, dry: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The content of a file with every path in it found, and the text that a dry run did not find.
+
+    Raises StudyError with all paths at once that lead nowhere or name an unknown place.
+    """
+    faults: list[str] = []
+    not_there: list[str] = []
+
+    def find(name: str, *, model: bool = False) -> str:
+        place, colon, rest = name.partition(":")
+        if colon and place not in places:
+            known = ", ".join(f"{p}:" for p in places) or "none"
+            faults.append(f"  {name}: no place is called {place!r} (known: {known})")
+            return name
+        found = places[place] / rest if colon else file.absolute().parent / name
+        if found.exists() or (model and not colon and name.count("/") == 1):
+            pass
+        elif dry and not model:
+            not_there.append(name)
+        else:
+            faults.append(f"  {name}: there is nothing at {found}")
+        return str(found) if colon or found.exists() else name
+
+    def resolve(value: Any, key: str = "") -> Any:
+        match value:
+            case dict():
+                return {name: resolve(one, name) for name, one in value.items()}
+            case tuple() | list() if key == "corpus":
+                return tuple(find(one) for one in value)
+            case str() if key in MODELS:
+                return find(value, model=True)
+            case str() if key in ("validation", "test"):
+                return find(value)
+        return value
+
+    resolved = resolve(dict(content))
+    if faults:
+        raise StudyError(f"{file}: found {len(faults)} paths amiss:\n" + "\n".join(faults))
+    return resolved, tuple(not_there)
 
 
 def _listed(names: Iterable[str]) -> str:
