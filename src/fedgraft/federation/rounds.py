@@ -32,11 +32,13 @@ import numpy as np
 
 from fedgraft.errors import FederationError, ReportError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
-from fedgraft.federation.history import History, Part, Round, means
+from fedgraft.federation.hierarchy import Clusters, mix
+from fedgraft.federation.history import History, Part, Round, Spent, means
 from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
 from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
 from fedgraft.federation.optimiser import stepped
 from fedgraft.federation.plan import Plan
+from fedgraft.federation.privacy import check_installed, noised, spent
 from fedgraft.federation.robust import clipped, krum, median, trimmed_mean
 from fedgraft.federation.standing import (
     Standing,
@@ -121,6 +123,8 @@ class _Run:
         self.exchange, self.plan, self.out, self.watch = exchange, plan, out, watch
         self.workplace = Workplace(model)
         self.model = self.workplace.content_hash
+        if plan.privacy:
+            check_installed()
         self.group_of = {name: group for group, names in plan.groups.items() for name in names}
         self.ledger = Ledger(out / LEDGER)
         self.trained: set[str] = set()
@@ -179,7 +183,10 @@ class _Run:
 
     @property
     def _plan_hash(self) -> str:
-        return hash_json(self.plan.model_dump(mode="json", exclude=FREE))
+        """Noise that was chosen for an epsilon is for so many rounds and no more."""
+        chosen = self.plan.privacy and self.plan.privacy.epsilon
+        free = FREE - {"num_rounds"} if chosen else FREE
+        return hash_json(self.plan.model_dump(mode="json", exclude=free))
 
     def _fresh(self, number: int) -> dict[Size, dict[str, Floats]]:
         return {
@@ -235,17 +242,24 @@ class _Run:
             expected = [name for name in asked if self.group_of[name] == group]
             try:
                 self._check_quorum(group, expected, found, parts)
-                for name, moved, drift in self._movements(group, found):
-                    changed = {"moved": moved, "drift": drift}
-                    parts[name] = parts[name].model_copy(update=changed)
-                self.standings[group] = self._aggregated(group, found, number)
+                if not self.plan.privacy:  # both tell of changes before the noise
+                    for name, moved, drift in self._movements(group, found):
+                        changed = {"moved": moved, "drift": drift}
+                        parts[name] = parts[name].model_copy(update=changed)
+                self.standings[group] = self._aggregated(group, found, number, len(expected))
             except FederationError as error:
                 kept[group] = str(error)
+        clusters = self._mixed({group: updates[group] for group in updates if group not in kept})
         self.trained |= {name for name, part in parts.items() if part.fault is None}
         clock.lap("aggregate")
         listed = tuple(parts[name] for name in sorted(parts))
         done = Round(
-            number=number, parts=listed, kept=kept, means=means(listed), seconds=clock.seconds
+            number=number,
+            parts=listed,
+            kept=kept,
+            clusters=clusters,
+            means=means(listed),
+            seconds=clock.seconds,
         )
         self._write(done, clock)
         shutil.rmtree(incoming)
@@ -353,7 +367,8 @@ class _Run:
             return self._part(answer, self._logged(answer, "train", {})), None
         update = self._update(answer)
         refused = self._refused(update, number, self.plan.sent)
-        refused = refused or self._logged(answer, "train", _shapes(update))
+        unlogged = self._logged(answer, "train", {} if refused else _shapes(update))
+        refused = refused or unlogged
         part = self._part(answer, refused)
         if refused:
             return part, None
@@ -477,10 +492,28 @@ class _Run:
             drift = 1 - across / (norm * length) if norm and length else None
             yield update.client, norm, drift
 
-    def _aggregated(self, group: str, updates: list[Update], number: int) -> Standing:
+    def _mixed(self, updates: Mapping[str, list[Update]]) -> Clusters:
+        """Mix the departments that have a new adapter; the others stay as they are."""
+        mixing = self.plan.mixing
+        if mixing is None or len(updates) < 2:
+            return ()
+        (size,) = self.plan.all_sizes
+        adapters = {group: self.standings[group].adapters[size] for group in updates}
+        weights = {
+            group: len(found) if self.plan.privacy else sum(one.num_examples for one in found)
+            for group, found in updates.items()
+        }
+        following, clusters = mix(adapters, weights, mixing)
+        for group, tensors in following.items():
+            self.standings[group] = replace(self.standings[group], adapters={size: tensors})
+        return clusters
+
+    def _aggregated(
+        self, group: str, updates: list[Update], number: int, num_asked: int
+    ) -> Standing:
         plan, standing = self.plan, self.standings[group]
         fresh = self._fresh(number) if plan.rule == "flora" else None
-        following = standing.advanced(self._layers(group, updates), fresh)
+        following = standing.advanced(self._layers(group, updates, number, num_asked), fresh)
         if plan.optimiser.name == "fedavg":
             return following
         (size,) = standing.adapters
@@ -492,8 +525,19 @@ class _Run:
         adapters = {size: {**following.adapters[size], **taken}}
         return Standing(adapters=adapters, changes=following.changes, optimiser=state)
 
-    def _layers(self, group: str, updates: list[Update]) -> Iterable[Layer]:
+    def _layers(
+        self, group: str, updates: list[Update], number: int, num_asked: int
+    ) -> Iterable[Layer]:
         plan, robust = self.plan, self.plan.robust
+        if plan.privacy:
+            return noised(
+                updates,
+                self.standings[group].adapters[updates[0].size],
+                plan.privacy,
+                num_rounds=plan.num_rounds,
+                num_expected=num_asked,
+                seed=derive_seed(plan.seed, "privacy", group, number),
+            )
         sizes = plan.all_sizes if plan.rule == "flexlora" else None
         match robust.name if robust else None:
             case "trimmed_mean":
@@ -522,7 +566,9 @@ class _Run:
             clock.lap("write")
             done = done.model_copy(update={"seconds": clock.seconds})
             rounds = (*self.history.rounds, done)
-            self.history = self.history.model_copy(update={"rounds": rounds})
+            self.history = self.history.model_copy(
+                update={"rounds": rounds, "privacy": self._spent(len(rounds))}
+            )
             self.history.write(partial / HISTORY)
             Record.make(
                 "round",
@@ -532,6 +578,11 @@ class _Run:
         self.history.write(self.out / HISTORY)
         for old in sorted((self.out / ROUNDS).glob("[0-9]*"))[:-NUM_KEPT]:
             shutil.rmtree(old)
+
+    def _spent(self, num_rounds: int) -> Spent | None:
+        if self.plan.privacy is None:
+            return None
+        return spent(self.plan.privacy, num_rounds, num_planned=self.plan.num_rounds)
 
     def _finish(self) -> History:
         """Score the last adapters, write them, and close the history."""
