@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fedgraft.progress import progress
+from fedgraft.progress import progress, silenced
 
 
 def test_a_short_job_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +24,19 @@ def test_a_long_job_says_how_far_it_is(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "train: 20%, 7 tokens/s, 48 s left, loss 2.000\n"
+
+
+def test_who_shows_progress_of_its_own_silences_what_is_inside(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 12.0])
+    monkeypatch.setattr("fedgraft.progress.time.monotonic", lambda: next(clock))
+    with silenced(), progress("train", 400, "tokens") as advance:
+        advance(40)
+    assert capsys.readouterr().err == ""
+    with progress("train", 400, "tokens") as advance:
+        advance(40)
+    assert capsys.readouterr().err != ""
 
 
 def test_a_job_without_a_known_end_says_how_much_is_done(

@@ -4,15 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedgraft.errors import ResidualError, TrainingError
 from fedgraft.models import open_model
+from fedgraft.provenance import Record
 from fedgraft.testing import save_tiny
 from fedgraft.text.packing import Rows
 from fedgraft.training import trainer
-from fedgraft.training.adapter import add_factors, merge_adapter, open_adapted, train_adapter
+from fedgraft.training.adapter import (
+    add_factors,
+    factors,
+    merge_adapter,
+    open_adapted,
+    plain_model,
+    set_factors,
+    train_adapter,
+    write_adapter,
+)
 from fedgraft.training.settings import AdapterSettings
 
 SETTINGS = AdapterSettings(num_tokens=4_000, learning_rate=1e-2, batch_tokens=512, rank=4)
@@ -108,3 +119,84 @@ def test_a_rank_above_the_narrowest_layer_is_refused(
     with pytest.raises(TrainingError, match="at most 16, the model's narrowest layer, found 500"):
         train_adapter(checkpoint, rows, tmp_path / "out", wide)
     assert not (tmp_path / "out").exists()
+
+
+def test_factors_go_out_of_a_model_and_into_another(checkpoint: Path) -> None:
+    one = add_factors(open_model(checkpoint), SETTINGS, 1)
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    other = add_factors(open_model(checkpoint), SETTINGS, 2)
+    assert not torch.equal(logits(one), logits(other))
+    set_factors(other, factors(one))
+    assert torch.equal(logits(one), logits(other))
+    taken = factors(one)
+    taken[next(iter(taken))][:] = 0  # a copy
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_a_model_without_its_factors_is_the_plain_one(checkpoint: Path) -> None:
+    adapted = add_factors(open_model(checkpoint), SETTINGS, 1)
+    set_factors(adapted, {name: np.ones_like(t) for name, t in factors(adapted).items()})
+    assert torch.equal(logits(plain_model(adapted)), logits(open_model(checkpoint)))
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "too much"])
+def test_factors_of_another_model_are_refused_by_tensor(fault: str, checkpoint: Path) -> None:
+    adapted = add_factors(open_model(checkpoint), SETTINGS, 1)
+    tensors, before = factors(adapted), factors(adapted)
+    name = next(iter(tensors))
+    match fault:
+        case "missing":
+            del tensors[name]
+        case "shape":
+            tensors[name] = tensors[name][:-1]
+        case "too much":
+            name = "base_model.model.strange.lora_A.weight"
+            tensors[name] = np.zeros((4, 3), np.float32)
+    with pytest.raises(TrainingError, match=f"expected tensor '{name}' with shape .*another rank"):
+        set_factors(adapted, tensors)
+    assert all(np.array_equal(before[n], t) for n, t in factors(adapted).items())
+
+
+def test_an_adapter_may_have_another_rank_in_each_layer(checkpoint: Path, tmp_path: Path) -> None:
+    """Half of a layer's rank elsewhere, filled with zeros here: the same model."""
+    adapted = add_factors(open_model(checkpoint), SETTINGS, 1)
+    generator = np.random.default_rng(0)
+    tensors = {n: generator.normal(size=t.shape).astype("f4") for n, t in factors(adapted).items()}
+    layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    cut = dict(tensors)
+    for layer in layers[1::2]:
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        tensors[a][2:], cut[a], cut[b] = 0, tensors[a][:2], tensors[b][:, :2]
+    set_factors(adapted, tensors)
+    record = Record.make("adapter")
+    write_adapter(tmp_path / "cut", cut, SETTINGS.alpha / SETTINGS.rank, record)
+    opened = open_adapted(checkpoint, tmp_path / "cut")
+    torch.testing.assert_close(logits(opened), logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+def test_the_proximal_pull_is_added_to_what_the_optimizer_sees(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """FedProx: gradient + strength (w - start), behind the clipping."""
+    seen = []
+
+    class Looking(trainer._Pull):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            moved = [(p - start).detach().clone() for p, start in self._starts]
+            before = [p.grad.clone() for p, _ in self._starts if p.grad is not None]
+            super().on_pre_optimizer_step(*args, **kwargs)
+            after = [p.grad.clone() for p, _ in self._starts if p.grad is not None]
+            seen.append((moved, before, after))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_Pull", Looking)
+        adapted = add_factors(open_model(checkpoint), SETTINGS, 1)
+        trainer.train(adapted, rows, SETTINGS, tmp_path, label="test", proximal=3.0)
+    assert len(seen) > 3
+    assert any(m.abs().max() > 0 for m in seen[-1][0])
+    for moved, before, after in seen:
+        for m, b, a in zip(moved, before, after, strict=True):
+            torch.testing.assert_close(a, b + 3.0 * m)
