@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from rich.console import Console
 from tests.cli.test_main import fedgraft, refused
 from tests.study.small import page, write_lines, write_material
 
+from fedgraft import federation
 from fedgraft.cli.federate import Board
 from fedgraft.errors import FederationError, StudyError
-from fedgraft import federation
 from fedgraft.federation import flower, resident
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import Part, Round
@@ -176,10 +177,6 @@ def test_another_plan_in_the_same_place_is_refused(
             ("3 paths amiss", "nowhere.jsonl: there is nothing at", "no place is called 'x'"),
         ),
         (
-            {"training": {**TRAINING, "rank": 4096}},
-            ("expected a rank of at most", "the model's narrowest layer, found 4096"),
-        ),
-        (
             {"optimiser": {"name": "fedadam", "rate": 0.1}, "rule": "flora"},
             ("fedadam steps from the last factors, which flora does not keep",),
         ),
@@ -193,6 +190,17 @@ def test_a_file_that_cannot_be_is_refused_with_every_fault_at_once(
     message = refused(fedgraft("federate", file, "--out", tmp_path / "out"))
     for words in expected:
         assert words in message
+
+
+def test_a_rank_above_the_narrowest_layer_ends_the_run_before_anything_is_trained(
+    material: Path, tmp_path: Path
+) -> None:
+    file = written(material, "amiss.yaml", training={**TRAINING, "rank": 4096})
+    done = fedgraft("federate", file, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "loss" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: expected a rank of at most 16, the model's narrowest layer")
 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
@@ -316,7 +324,7 @@ def test_a_clients_state_stands_beside_its_file(material: Path) -> None:
 
 
 def shown(board: Board) -> str:
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=160, record=True, file=StringIO())
     console.print(board.table())
     return console.export_text()
 
