@@ -27,7 +27,7 @@ import numpy as np
 
 from fedgraft.federation.client import Client
 from fedgraft.federation.in_process import InProcess
-from fedgraft.federation.message import Answer, Question
+from fedgraft.federation.message import Answer, Question, question_bytes
 from fedgraft.federation.plan import Plan, Robust
 from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import load_standing
@@ -52,17 +52,24 @@ PIECE = 1_200
 
 
 class Scaling(Client):
-    """A client that sends `factor` times the change that it found."""
+    """A client that sends `factor` times the change that it found.
+
+    In their first round clients do the same in every run of a seed: that answer is kept.
+    """
 
     factor = 1.0
+    first: dict[bytes, Answer]
 
     def answer(self, question: Question) -> Answer:
-        answer = super().answer(question)
         if question.kind != "adapter":
-            return answer
+            return super().answer(question)
+        key = self.name.encode() + question_bytes(question)
+        answer = self.first.get(key) or super().answer(question)
+        if question.round == 1:
+            self.first[key] = answer
         start, sent = question.tensors, dict(answer.payload)
         for name, tensor in sent.items():
-            if isinstance(tensor, np.ndarray):
+            if isinstance(tensor, np.ndarray) and self.factor != 1:
                 moved = start[name] + self.factor * (tensor - start[name])
                 sent[name] = moved.astype(tensor.dtype)
         return replace(answer, payload=sent)
@@ -95,8 +102,14 @@ def held_out_loss(
     seed: int,
     robust: Robust | None = None,
     factor: float = 1.0,
+    first: dict[bytes, Answer],
 ) -> float:
-    """Nats per token of the adapter after all rounds; `factor` is of the first two clients."""
+    """Nats per token of the adapter after all rounds.
+
+    Args:
+        factor: Of the change that the first two clients send.
+        first: Answers to first questions, kept from run to run.
+    """
     names = [f"client-{n:02}" for n in range(NUM_CLIENTS)]
     plan = Plan(
         name="hostile",
@@ -113,10 +126,9 @@ def held_out_loss(
         for n, name in enumerate(names):
             own = [text.train[at] for at in order[n::NUM_CLIENTS]]
             short = _pieces(own[:1], PIECE // 4)
-            kind = Scaling if n < NUM_HOSTILE else Client
-            made = kind(name, workplace, own[1:], short, place / name)
-            if isinstance(made, Scaling):
-                made.factor = factor
+            made = Scaling(name, workplace, own[1:], short, place / name)
+            made.factor = factor if n < NUM_HOSTILE else 1.0
+            made.first = first
             clients.append(made)
         history = run_rounds(InProcess(clients), plan, model, place / "out")
         unheard = [part.refused for done in history.rounds for part in done.parts if part.refused]
@@ -138,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--attacks", nargs="*", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES))
+    parser.add_argument("--calm", action="store_true", help="each rule without attack, too")
     given = parser.parse_args()
     text, model = Text.load(*given.data), weights.folder / "base"
     workplace = Workplace(model)
@@ -148,6 +161,8 @@ def main() -> None:
         schedule="constant",
         warmup=0,
     )
+
+    first: dict[bytes, Answer] = {}
 
     def mean(rule: str, factor: float) -> tuple[float, float]:
         losses = [
@@ -160,6 +175,7 @@ def main() -> None:
                 seed=seed,
                 robust=RULES[rule],
                 factor=factor,
+                first=first,
             )
             for seed in given.seeds
         ]
@@ -174,17 +190,21 @@ def main() -> None:
         size, plain.fresh(size, 0), {}, text.held_out, window=256, label="before"
     ).nats_per_token
     clean, spread = mean("FedAvg", 1.0)
-    print(f"Before training: {before:.3f} nats per token. Clean run: {clean:.3f} (range over seeds")
-    print(f"{spread:.3f}); {len(given.seeds)} seeds, {given.rounds} rounds of {given.tokens}")
-    print("tokens a client.\n")
-    print("| rule | " + " | ".join(["no attack", *given.attacks]) + " |")
-    print("|---|" + "---:|" * (len(given.attacks) + 1), flush=True)
+    print(
+        f"{len(given.seeds)} seeds, {given.rounds} rounds of {given.tokens} tokens a client. Before"
+    )
+    print(f"training {before:.3f} nats per token, clean run {clean:.3f} (range over seeds")
+    print(f"{spread:.3f}).\n")
+    attacks = {"no attack": 1.0} if given.calm else {}
+    attacks |= {attack: ATTACKS[attack] for attack in given.attacks}
+    print("| rule | " + " | ".join(attacks) + " |")
+    print("|---|" + "---:|" * len(attacks), flush=True)
     for rule in given.rules:
-        cells = []
-        for factor in (1.0, *(ATTACKS[attack] for attack in given.attacks)):
-            loss, _ = (clean, spread) if (rule, factor) == ("FedAvg", 1.0) else mean(rule, factor)
-            cells.append(f"{loss:.3f} ({loss / clean - 1:+.1%})")
-        print(f"| {rule} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {rule} |", end="", flush=True)
+        for factor in attacks.values():
+            loss, _ = mean(rule, factor)
+            print(f" {loss:.3f} ({loss / clean - 1:+.1%}) |", end="", flush=True)
+        print()
     print(f"\n{time.monotonic() - started:.0f} seconds")
 
 

@@ -7,11 +7,13 @@ with honest ones. What is left of the round is, to the bit, what the honest ones
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from benchmarks.hostile import ATTACKS, RULES, Text, held_out_loss
 from tests.federation.clients import client, plan
 
 from fedgraft.federation.client import Client
@@ -22,7 +24,11 @@ from fedgraft.federation.message import Answer, Question
 from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
+from fedgraft.pocket import weights
+from fedgraft.pocket.company import SEED, pages_of_year
+from fedgraft.pocket.entities import Company
 from fedgraft.testing import save_tiny
+from fedgraft.training.settings import AdapterSettings
 
 Spoil = Callable[[Answer], Answer]
 NUM_ROUNDS = 2
@@ -262,3 +268,27 @@ def test_an_answer_that_is_no_message_costs_its_client_the_round_and_nobody_else
         assert done.kept == {}
         assert {p.client for p in done.parts if p.counted} == set(HONEST)
         assert next(p for p in done.parts if p.client == "x").fault == "failed"
+
+
+@pytest.mark.slow
+def test_robust_rules_keep_the_loss_that_fedavg_loses_to_two_of_ten() -> None:
+    """A small version of benchmarks/hostile.py, on the company's pages and with one seed."""
+    company = Company.found(SEED)
+    pages = pages_of_year(company, 2, SEED)
+    text = Text(train=tuple(pages[30:]), held_out=tuple(pages[:30]))
+    model = weights.folder / "base"
+    training = AdapterSettings(
+        num_tokens=1024, batch_tokens=512, learning_rate=6e-3, schedule="constant", warmup=0
+    )
+    learn = partial(
+        held_out_loss, Workplace(model), model, text, training, num_rounds=2, seed=0, first={}
+    )
+    clean = learn()
+    for attack in ("scaled", "both"):
+        found = {
+            rule: learn(robust=robust, factor=ATTACKS[attack]) / clean
+            for rule, robust in RULES.items()
+        }
+        assert found["FedAvg"] > 1.05, (attack, found)
+        for rule in ("trimmed mean", "median", "Krum"):
+            assert found[rule] < 1.05, (attack, found)

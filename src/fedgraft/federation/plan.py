@@ -119,8 +119,8 @@ class Plan(Settings):
             )
         if self.robust:
             raise ValueError(
-                f"privacy: clips changes itself, and counts none but a sum; leave out "
-                f"{self.robust.name} of robust"
+                f"privacy: clips each client's change itself and needs their plain sum; leave "
+                f"{self.robust.name} of robust out"
             )
         if self.privacy.delta >= 1 / len(self.clients):
             raise ValueError(

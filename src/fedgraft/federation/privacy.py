@@ -36,9 +36,9 @@ for `repeatable` by name; what is then spent says so. Noise is drawn and added i
 result rounded to float32; attacks on the lowest bits of such sums (arXiv 2112.05307) are made
 harder by that rounding, not impossible.
 
-How this differs from Flower 1.41, which clips and adds noise likewise: its mean is over those who
-answered while its noise is for those asked, so that a client that is missing makes the others'
-part larger than the accountant believes; and its noise comes from numpy's global generator.
+How this differs from Flower 1.41, which clips and adds noise likewise: it drops a round that one
+client is missing from, since its mean is over those who answered, where here the missing count as
+no change; its noise comes from numpy's global generator, in float32; its accountant is Renyi's.
 
 With `fedavg` of A and B, and with `ffa`, of B alone: half the numbers, and so less noise. Of many
 numbers a few clients drown in noise: its length is about noise_multiplier max_norm sqrt(numbers)
