@@ -27,8 +27,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedgraft.errors import FederationError, ReportError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
@@ -88,6 +90,8 @@ class Answered:
     part: Part
 
 
+Ready = Mapping[tuple[str, Size], Mapping[str, NDArray[Any]]]
+"""Group and size -> the tensors that its clients are sent."""
 Event = Asked | Answered | Round
 Watch = Callable[[Event], None]
 """Told what happens, for a live table."""
@@ -189,10 +193,12 @@ class _Run:
         return hash_json(self.plan.model_dump(mode="json", exclude=free))
 
     def _fresh(self, number: int) -> dict[Size, dict[str, Floats]]:
-        return {
-            size: self.workplace.fresh(size, derive_seed(self.plan.seed, "adapter", number))
-            for size in self.plan.all_sizes
-        }
+        """New adapters. FLoRA needs some every round; else the model is not kept in memory."""
+        seed = derive_seed(self.plan.seed, "adapter", number)
+        found = {size: self.workplace.fresh(size, seed) for size in self.plan.all_sizes}
+        if self.plan.rule != "flora":
+            self.workplace.close()
+        return found
 
     def _ask_sizes(self) -> None:
         """Find out who can take part; who cannot is named, and not asked again."""
@@ -227,7 +233,8 @@ class _Run:
         incoming = self.out / f".incoming-{number:04d}"
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
-        questions = {name: self._training_question(name, number, started) for name in asked}
+        ready = self._ready(asked)
+        questions = {name: self._training_question(name, number, ready, started) for name in asked}
         parts: dict[str, Part] = {}
         updates: dict[str, list[Update]] = {group: [] for group in self.plan.groups}
         for answer in self._asked(questions):
@@ -304,11 +311,19 @@ class _Run:
                 found.setdefault(self.plan.department_of(answer.client), []).append(update)
         return {department: dict(mean_b(updates)) for department, updates in found.items()}
 
+    def _ready(self, names: Iterable[str]) -> Ready:
+        """What groups send to their clients, as it travels: once for all who get the same."""
+        wanted = {(self.group_of[name], self.plan.size_of(name)) for name in names}
+        return {
+            (group, size): narrowed(self.standings[group].sent(size), self.plan.wire)
+            for group, size in wanted
+        }
+
     def _training_question(
-        self, name: str, number: int, started: Mapping[str, Tensors]
+        self, name: str, number: int, ready: Ready, started: Mapping[str, Tensors]
     ) -> Question:
-        plan, standing = self.plan, self.standings[self.group_of[name]]
-        tensors = standing.sent(plan.size_of(name))
+        plan = self.plan
+        tensors = ready[self.group_of[name], plan.size_of(name)]
         trained, scored = "AB", self._scored(number)
         match plan.rule:
             case "ffa":
@@ -316,7 +331,7 @@ class _Run:
                 if name in self.trained:
                     tensors = _without(tensors, "A")
             case "fedsa":
-                mean = started.get(plan.department_of(name), {})
+                mean = narrowed(started.get(plan.department_of(name), {}), plan.wire)
                 tensors = _without(tensors, "B") if name in self.trained else {**tensors, **mean}
                 scored = scored if scored == "graft" else ""
         settings = self._task(
@@ -327,7 +342,7 @@ class _Run:
             round=number,
             phase="train",
             settings=settings,
-            tensors=narrowed(tensors, plan.wire),
+            tensors=tensors,
         )
 
     def _scored(self, number: int) -> Scored:
@@ -603,11 +618,9 @@ class _Run:
                 ),
                 overwrite=True,
             )
-        questions = {
-            name: self._scoring_question(name, number)
-            for name in self.plan.clients
-            if name not in self.excluded
-        }
+        names = [name for name in self.plan.clients if name not in self.excluded]
+        ready = self._ready(names)
+        questions = {name: self._scoring_question(name, number, ready) for name in names}
         last = {part.client: part.scores.get("client") for part in self.history.rounds[-1].parts}
         final = []
         for answer in self._asked(questions):
@@ -638,14 +651,13 @@ class _Run:
             adapters = {size: {**tensors, **b} for size, tensors in standing.adapters.items()}
             self.standings[group] = Standing(adapters=adapters, optimiser=standing.optimiser)
 
-    def _scoring_question(self, name: str, number: int) -> Question:
-        tensors = self.standings[self.group_of[name]].sent(self.plan.size_of(name))
+    def _scoring_question(self, name: str, number: int, ready: Ready) -> Question:
         return Question(
             kind="scores",
             round=number,
             phase="evaluate",
             settings=self._task(name, scored=self._scored(number)),
-            tensors=narrowed(tensors, self.plan.wire),
+            tensors=ready[self.group_of[name], self.plan.size_of(name)],
         )
 
 
@@ -676,7 +688,7 @@ def _moved(update: Update, starts: Mapping[Size, Tensors], name: str) -> Floats:
     return update.tensors[name] - starts[update.size][name]
 
 
-def _without(tensors: Tensors, factor: Factor) -> dict[str, Floats]:
+def _without(tensors: Mapping[str, NDArray[Any]], factor: Factor) -> dict[str, NDArray[Any]]:
     return {name: t for name, t in tensors.items() if not name.endswith(f".lora_{factor}.weight")}
 
 

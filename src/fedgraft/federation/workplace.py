@@ -70,6 +70,10 @@ class Workplace:
         model = self._sized(size, seed, anew=True)
         return factors(model)
 
+    def close(self) -> None:
+        """Let the model go; whoever needs it next opens it again."""
+        self._adapted, self._size, self._plain, self._changed = None, None, {}, ()
+
     def train(
         self,
         size: Size,
