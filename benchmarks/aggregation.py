@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/aggregation.py --rules flexlora --clients 100 --blocks 24
 
 Two tables in Markdown: 100 clients' rank-8 adapters of Qwen2-0.5B (7 linear layers in each of 24
-blocks, 4.4M numbers a client), and one of its blocks with 10 to 1,000 clients. Layers are worked on
-one after the other, so a block costs a 24th of the model.
+blocks, 4.4M numbers a client), and one of its blocks with 10 to 1,000 clients, with the power of
+the number of clients that time and memory grow by from 100 to 1,000: 1 is in proportion, 0 flat.
+Layers are worked on one after the other, so a block costs a 24th of the model's time.
 
 Each figure comes from a fresh process. Updates are made when a rule asks for them, client by
 client, from a seed: a piece of a pool of Gaussian numbers that begins where the seed says. Copying
@@ -16,6 +17,7 @@ server would after writing it. With more threads BLAS fights for cores that othe
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +30,7 @@ import numpy as np
 from synthetic import SHAPES
 
 from fedgraft.federation.aggregate import Rule, aggregate
+from fedgraft.federation.privacy import Privacy, check_installed, noised
 from fedgraft.federation.robust import clipped, krum, median, trimmed_mean
 from fedgraft.federation.update import Update, named
 from fedgraft.provenance import derive_seed
@@ -89,6 +92,13 @@ def ruled(rule: Rule) -> Callable[[list[Update]], Iterable[object]]:
     return lambda updates: aggregate(updates, rule)
 
 
+def private(updates: list[Update]) -> Iterable[object]:
+    """Changes since the adapter of a client that is not there, clipped and noised."""
+    start = Seeded("start", shapes_of(24), frozen=False)
+    privacy = Privacy(noise_multiplier=1.0, delta=1e-5, max_norm=1.0)
+    return noised(updates, start, privacy, num_rounds=1, num_expected=len(updates), seed=0)
+
+
 RULES: Mapping[str, Callable[[list[Update]], Iterable[object]]] = {
     "fedavg": ruled("fedavg"),
     "ffa": ruled("ffa"),
@@ -99,6 +109,7 @@ RULES: Mapping[str, Callable[[list[Update]], Iterable[object]]] = {
     "trimmed mean": lambda updates: trimmed_mean(updates, len(updates) // 5),
     "median": median,
     "krum": lambda updates: krum(updates, len(updates) // 5),
+    "private": private,
     "clipped": lambda updates: aggregate(clipped(updates), "fedavg"),
 }
 
@@ -106,6 +117,8 @@ RULES: Mapping[str, Callable[[list[Update]], Iterable[object]]] = {
 def measure(rule: str, num_clients: int, num_blocks: int) -> dict[str, float]:
     """Seconds and bytes of one rule, in this process."""
     updates = updates_of(num_clients, num_blocks, frozen=rule == "ffa")
+    if rule == "private":
+        check_installed()  # a second of imports that a server pays once
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = peak_kilobytes()
     started, used = time.perf_counter(), time.process_time()
@@ -131,20 +144,38 @@ def in_fresh_process(rule: str, num_clients: int, num_blocks: int) -> dict[str, 
     return found
 
 
-def table(rules: Iterable[str], clients: Iterable[int], num_blocks: int) -> None:
-    held = 4 * sum(a * b for a, b in shapes_of(num_blocks).values()) / 1e6
-    print(f"\n{num_blocks} of Qwen2-0.5B's 24 blocks, {held:.1f} MB a client\n", flush=True)
-    print("| rule | clients | seconds | processor seconds | ms a client | MB |")
-    print("|---|---|---|---|---|---|")
+def table(rules: Iterable[str], num_clients: int, num_blocks: int) -> None:
+    print(f"\n{num_clients} clients, {_held(num_blocks)}\n", flush=True)
+    print("| rule | seconds | processor seconds | ms a client | MB |")
+    print("|---|---:|---:|---:|---:|")
     for rule in rules:
-        for num_clients in clients:
-            found = in_fresh_process(rule, num_clients, num_blocks)
-            print(
-                f"| {rule} | {num_clients} | {found['seconds']:.2f} | "
-                f"{found['processor_seconds']:.2f} | "
-                f"{1e3 * found['seconds'] / num_clients:.1f} | {found['megabytes']:.0f} |",
-                flush=True,
-            )
+        found = in_fresh_process(rule, num_clients, num_blocks)
+        print(
+            f"| {rule} | {found['seconds']:.2f} | {found['processor_seconds']:.2f} | "
+            f"{1e3 * found['processor_seconds'] / num_clients:.1f} | {found['megabytes']:.0f} |",
+            flush=True,
+        )
+
+
+def growth(rules: Iterable[str], clients: list[int], num_blocks: int) -> None:
+    counts = [f"{n:,}" for n in clients]
+    print(f"\nProcessor seconds and MB, {_held(num_blocks)}\n", flush=True)
+    print(f"| rule | {' | '.join(f's, {n}' for n in counts)} | time grows by the power", end=" | ")
+    print(f"{' | '.join(f'MB, {n}' for n in counts)} | memory grows by the power |")
+    print("|---|" + "---:|" * (2 * len(clients) + 2))
+    for rule in rules:
+        found = [in_fresh_process(rule, num_clients, num_blocks) for num_clients in clients]
+        cells = []
+        for key, form in (("processor_seconds", ".3f"), ("megabytes", ".1f")):
+            values = [max(one[key], 1e-3) for one in found]
+            power = math.log(values[-1] / values[-2]) / math.log(clients[-1] / clients[-2])
+            cells += [*(format(value, form) for value in values), f"{power:.2f}"]
+        print(f"| {rule} | {' | '.join(cells)} |", flush=True)
+
+
+def _held(num_blocks: int) -> str:
+    megabytes = 4 * sum(a * b for a, b in shapes_of(num_blocks).values()) / 1e6
+    return f"{num_blocks} of Qwen2-0.5B's 24 blocks, {megabytes:.1f} MB a client"
 
 
 def main() -> None:
@@ -159,10 +190,10 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.one, given.clients, given.blocks)))
     elif given.clients:
-        table(given.rules, [given.clients], given.blocks)
+        table(given.rules, given.clients, given.blocks)
     else:
-        table(given.rules, [100], 24)
-        table(given.rules, [10, 100, 1000], 1)
+        table(given.rules, 100, 24)
+        growth(given.rules, [10, 100, 1000], 1)
 
 
 if __name__ == "__main__":

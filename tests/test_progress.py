@@ -26,6 +26,16 @@ def test_a_long_job_says_how_far_it_is(
     assert captured.err == "train: 20%, 7 tokens/s, 48 s left, loss 2.000\n"
 
 
+def test_what_takes_seconds_each_has_a_rate_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 80.0])
+    monkeypatch.setattr("fedgraft.progress.time.monotonic", lambda: next(clock))
+    with progress("round 1", 20, "answers") as advance:
+        advance(10)
+    assert capsys.readouterr().err == "round 1: 50%, 0.12 answers/s, 80 s left\n"
+
+
 def test_who_shows_progress_of_its_own_silences_what_is_inside(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

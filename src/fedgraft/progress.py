@@ -66,10 +66,15 @@ def _bar(label: str, total: float | None, unit: str) -> Iterator[Advance]:
 
         def advance(amount: float, note: str = "") -> None:
             done = bar.tasks[task].completed + amount
-            rate = f"{done / max(time.monotonic() - start, 1e-9):,.0f} {unit}/s"
+            rate = f"{_figure(done / max(time.monotonic() - start, 1e-9))} {unit}/s"
             bar.update(task, advance=amount, rate=rate, note=note)
 
         yield advance
+
+
+def _figure(rate: float) -> str:
+    """`1,234`, or `0.12` for what is slower than one a second."""
+    return f"{rate:,.0f}" if rate >= 1 else f"{rate:.2g}"
 
 
 def _lines(label: str, total: float | None, unit: str) -> Iterator[Advance]:
@@ -83,7 +88,7 @@ def _lines(label: str, total: float | None, unit: str) -> Iterator[Advance]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             rate = done / (now - start)
-            parts = [f"{done:,.0f} {unit}", f"{rate:,.0f} {unit}/s", note]
+            parts = [f"{done:,.0f} {unit}", f"{_figure(rate)} {unit}/s", note]
             if total is not None:
                 left = max(0.0, total - done) / rate if rate else 0.0
                 parts = [f"{done / total:.0%}", parts[1], f"{left:.0f} s left", note]

@@ -46,7 +46,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
         "weights/",
         "models.py",  # what torch saves and loads
         "training/",
-        "federation/message.py",
+        "federation/",  # messages, and what a round leaves
     ),
     "sklearn": "selection/",
     "trafilatura": "text/sources.py",

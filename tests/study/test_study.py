@@ -41,7 +41,7 @@ def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
     }
     study = Study.load(file, places)
     assert study.name == file.stem
-    assert study.adapters or study.merging or study.curve
+    assert study.adapters or study.merging or study.curve or study.federation
     assert set(study.departments) == {"finance", "hr", "engineering", "it_support"}
 
 
@@ -68,11 +68,13 @@ def test_a_dry_run_still_refuses_a_model_or_a_place_that_is_not_there(tmp_path: 
 def test_quickstart_has_one_seed_and_the_others_three() -> None:
     seeds = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8"))["seeds"] for f in ON_A_LAPTOP}
     assert {name: len(given) for name, given in seeds.items()} == {
+        "departments": 3,
         "forgetting_curve": 3,
         "merging": 3,
         "pocket": 3,
         "quickstart": 1,
         "real_departments": 3,
+        "real_departments_federated": 3,
     }
 
 

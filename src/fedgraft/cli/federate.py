@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedgraft.cli.arguments import Out
 from fedgraft.cli.console import finish, say
 from fedgraft.cli.places import places_of
 
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from fedgraft.federation.rounds import Event, Watch
     from fedgraft.study.federation import FederationFile
 
+Out = Annotated[
+    Path, typer.Option("--out", help="For rounds, adapters, ledger and report; goes on there.")
+]
 RUN = "run"
 SECONDS_BETWEEN_LOOKS = 5.0
 
@@ -51,19 +53,19 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Departments train adapters together; their text stays with them.
+    r"""Departments train adapters together; their text stays with them.
 
-    PLAN names the model, the departments with their text and number of clients, and
-    how they train:
+    PLAN names the model, the departments with their text and their number of
+    clients, and how they train:
 
         name: handbooks
-        model: runs/grafted          # or pocket:instruct, or org/name on the hub
+        model: runs/grafted      # or pocket:instruct, or org/name on the hub
         departments:
-          hr: { corpus: [hr.jsonl], num_clients: 3 }
-          finance: { corpus: [finance/], num_clients: 2 }
+          hr: { corpus: \[hr.jsonl], num_clients: 3 }
+          finance: { corpus: \[finance/], num_clients: 2 }
         num_rounds: 4
-        training: { num_tokens: 20_000, learning_rate: 1.0e-3, rank: 8, alpha: 16 }
-        rule: fedavg                 # ffa, fedsa, flora, flexlora, fedex
+        training: { num_tokens: 20_000, learning_rate: 1.0e-3, rank: 8 }
+        rule: fedavg             # ffa, fedsa, flora, flexlora, fedex
 
     More: docs/federation.md. A run that was stopped goes on after its last whole
     round when the same command is run again.
@@ -98,13 +100,13 @@ def serve(
     ],
     socket: Annotated[Path, typer.Option("--socket", help="Where its SuperNode finds it.")],
 ) -> None:
-    """Keep a client's model and text loaded, and answer its SuperNode.
+    r"""Keep a client's model and text loaded, and answer its SuperNode.
 
     CLIENT names what this machine has:
 
         name: hr-1
         model: /models/grafted       # the very checkpoint of the federation
-        corpus: [hr.jsonl]
+        corpus: \[hr.jsonl]
         state: state/hr-1            # what it keeps from round to round
 
     Runs until it is stopped. Only counts, scores and adapters go through the socket.

@@ -66,11 +66,6 @@ family = typer.Typer(no_args_is_help=True, help="check: prove that two checkpoin
 residual = typer.Typer(
     no_args_is_help=True, help="extract, verify, compress, inspect: what instruct - base is."
 )
-federation = typer.Typer(
-    cls=federate.Federate,
-    no_args_is_help=True,
-    help="PLAN --out DIR: departments train adapters together, their text stays with them.",
-)
 study = typer.Typer(
     no_args_is_help=True, help="plan, run: answer a question with arms, seeds and a report."
 )
@@ -110,6 +105,13 @@ def example(command: str) -> str:
     """The last line of a verb's help: a command to copy."""
     return f"Example:  [bold cyan]{command}[/]"
 
+
+federation = typer.Typer(
+    cls=federate.Federate,
+    no_args_is_help=True,
+    help="PLAN --out DIR: departments train adapters together, their text stays with them.",
+    epilog=example("fedgraft federate handbooks.yaml --out runs/together"),
+)
 
 app.command(epilog=example("fedgraft quickstart --out runs/quickstart"))(studies.quickstart)
 app.add_typer(family, name="family")
@@ -161,7 +163,7 @@ residual.command(
 residual.command(
     epilog=example("fedgraft residual compress runs/residual --form packed --out runs/small")
 )(compression.compress)
-federation.command(epilog=example("fedgraft federate handbooks.yaml --out runs/together"))(
+federation.command(epilog=example("fedgraft federate run handbooks.yaml --out runs/together"))(
     federate.run
 )
 federation.command(

@@ -40,7 +40,8 @@ class Part(_Record):
     loss: float | None = None
     """Mean of the last steps of training, nats per token."""
     moved: float | None = None
-    """Euclidean norm of what training changed of the factors."""
+    """Euclidean norm of what training changed of the factors; not told where the plan has privacy,
+    as the drift."""
     drift: float | None = None
     """1 - cosine of that and the mean change of its group: 0 is the same way, 2 against it."""
     seconds_training: float = 0.0
@@ -71,6 +72,8 @@ class Round(_Record):
     parts: tuple[Part, ...]
     kept: dict[str, str]
     """Group -> why it keeps its last adapter; empty where all aggregated."""
+    clusters: tuple[tuple[str, ...], ...] = ()
+    """Departments that were mixed with each other; empty where the plan mixes none."""
     means: dict[str, dict[str, Mean]]
     """Department, or `all` -> model -> mean."""
     seconds: dict[str, float]

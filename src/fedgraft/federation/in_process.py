@@ -4,6 +4,7 @@ Questions and answers become bytes and are read again, as on a network, so that 
 what would travel and nothing but a message can pass.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from fedgraft.federation.message import (
     question_from,
 )
 from fedgraft.progress import silenced
+
+log = logging.getLogger(__name__)
 
 
 class InProcess:
@@ -49,8 +52,15 @@ class InProcess:
             asked = question_bytes(question)
             with silenced():
                 answered = answer_bytes(self._clients[name].answer(question_from(asked)))
+            try:
+                answer = answer_from(answered)
+            except FederationError as error:
+                log.warning("%s, round %d: %s", name, question.round, error)
+                kind, number = question.kind, question.round
+                answer = Answer(client=name, kind=kind, round=number, fault="failed")
             yield replace(
-                answer_from(answered),
+                answer,
+                client=name,  # whatever it calls itself
                 bytes_down=len(asked),
                 bytes_up=len(answered),
                 seconds=time.monotonic() - started,

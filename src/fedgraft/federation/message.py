@@ -94,8 +94,11 @@ class Exchange(Protocol):
 
 
 def narrowed(tensors: Tensors, wire: Wire) -> dict[str, NDArray[Any]]:
-    """Tensors as they travel. Raises FederationError where a number is too large for float16."""
-    found = {name: tensor.astype(wire) for name, tensor in tensors.items()}
+    """Tensors as they travel; float32 ones are not copied.
+
+    Raises FederationError where a number is too large for float16.
+    """
+    found = {name: tensor.astype(wire, copy=False) for name, tensor in tensors.items()}
     for name, tensor in found.items():
         if not np.isfinite(tensor).all() and np.isfinite(tensors[name]).all():
             raise FederationError(

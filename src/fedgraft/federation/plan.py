@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedgraft.federation.aggregate import NEEDED, Rule
+from fedgraft.federation.hierarchy import Mixing
 from fedgraft.federation.message import Wire
 from fedgraft.federation.optimiser import Optimiser
+from fedgraft.federation.privacy import Privacy
 from fedgraft.federation.update import BOTH, Factor, Size
 from fedgraft.training.settings import AdapterSettings, Lora
 
@@ -40,6 +42,10 @@ class Settings(BaseModel):
     rule: Rule = "fedavg"
     optimiser: Optimiser = Optimiser()
     robust: Robust | None = None
+    privacy: Privacy | None = None
+    """Clip and noise what clients of a group add up to; see `privacy`."""
+    mixing: Mixing | None = None
+    """Let departments that are alike move towards each other after a round; see `hierarchy`."""
     sizes: dict[Name, Lora] = {}
     """Of clients whose adapters are of another size than that of `training` (flora, flexlora)."""
     proximal: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -100,7 +106,46 @@ class Plan(Settings):
                 f"robust: {self.robust.name} is a rule of its own for A and B; leave `rule` as "
                 "fedavg"
             )
+        self._check_privacy()
+        self._check_mixing()
         return self
+
+    def _check_privacy(self) -> None:
+        if self.privacy is None:
+            return
+        if self.rule not in ("fedavg", "ffa"):
+            raise ValueError(
+                f"privacy: {self.rule} has no bound on what one client changes; take fedavg or ffa"
+            )
+        if self.robust:
+            raise ValueError(
+                f"privacy: clips each client's change itself and needs their plain sum; leave "
+                f"{self.robust.name} of robust out"
+            )
+        if self.privacy.delta >= 1 / len(self.clients):
+            raise ValueError(
+                f"privacy.delta: expected less than 1 / {len(self.clients)} clients, found "
+                f"{self.privacy.delta:g}; so large a chance allows to publish a client; take 1e-5"
+            )
+
+    def _check_mixing(self) -> None:
+        if self.mixing is None:
+            return
+        if self.share != "department" or len(self.departments) < 2:
+            raise ValueError(
+                "mixing: expected at least two departments with an adapter each, found one adapter "
+                "for all; leave share as department, or mixing out"
+            )
+        if self.rule not in ("fedavg", "ffa"):
+            raise ValueError(
+                f"mixing: factors of {self.rule} mean nothing to another department; take fedavg "
+                "or ffa"
+            )
+        if (self.mixing.num_clusters or 1) >= len(self.departments):
+            raise ValueError(
+                f"mixing.num_clusters: expected fewer than the {len(self.departments)} "
+                f"departments, found {self.mixing.num_clusters}; with one each nothing is mixed"
+            )
 
     @property
     def clients(self) -> tuple[str, ...]:

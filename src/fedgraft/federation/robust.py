@@ -41,7 +41,7 @@ def trimmed_mean(updates: Iterable[Update], num_trimmed: int) -> Iterator[Layer]
 
     Raises FederationError where nothing would be left, and for updates of several sizes.
     """
-    found = _of_one_size(updates)
+    found = of_one_size(updates)
     most = (len(found) - 1) // 2
     if not 0 <= num_trimmed <= most:
         raise FederationError(
@@ -64,7 +64,7 @@ def median(updates: Iterable[Update]) -> Iterator[Layer]:
 
     Raises FederationError for updates of several sizes.
     """
-    return _by_number(_of_one_size(updates), lambda stack: np.median(stack, axis=0))
+    return _by_number(of_one_size(updates), lambda stack: np.median(stack, axis=0))
 
 
 def krum(updates: Iterable[Update], num_hostile: int, num_kept: int = 1) -> list[Update]:
@@ -77,7 +77,7 @@ def krum(updates: Iterable[Update], num_hostile: int, num_kept: int = 1) -> list
     Raises FederationError for fewer than 2 k + 3 clients, for more to keep than are honest, and for
     updates of several sizes.
     """
-    found = _of_one_size(updates)
+    found = of_one_size(updates)
     if num_hostile < 0 or len(found) < 2 * num_hostile + 3:
         raise FederationError(
             f"expected at least {2 * num_hostile + 3} updates to tell {num_hostile} hostile ones "
@@ -116,15 +116,9 @@ def clipped(
             f"expected a norm above zero to clip to, found {max_norm}; leave it out to clip to "
             "the median of the clients' norms"
         )
-    for update in found:
-        for name, tensor in update.tensors.items():
-            if start is not None and (name not in start or start[name].shape != tensor.shape):
-                have = list(start[name].shape) if name in start else "none"
-                raise FederationError(
-                    f"client {update.client!r}: expected {name!r} of the adapter that the round "
-                    f"began with, {list(tensor.shape)}, found {have}; give that adapter"
-                )
-    norms = [_norm(update.tensors, start) for update in found]
+    if start is not None:
+        check_start(found, start)
+    norms = [distance_moved(update.tensors, start) for update in found]
     bound = float(np.median(norms)) if max_norm is None else max_norm
     return [
         update
@@ -141,10 +135,10 @@ class _Shortened(Mapping[str, Floats]):
         self._tensors, self._start, self._share = tensors, start, share
 
     def __getitem__(self, name: str) -> Floats:
-        moved = self._share * _moved(name, self._tensors, self._start)
+        tensor = self._share * moved(name, self._tensors, self._start)
         if self._start is not None:
-            moved += self._start[name]
-        return moved.astype(np.float32)
+            tensor += self._start[name]
+        return tensor.astype(np.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -153,16 +147,18 @@ class _Shortened(Mapping[str, Floats]):
         return len(self._tensors)
 
 
-def _moved(name: str, tensors: Tensors, start: Tensors | None) -> NDArray[np.float64]:
-    moved = tensors[name].astype(np.float64)
+def moved(name: str, tensors: Tensors, start: Tensors | None) -> NDArray[np.float64]:
+    """What became of one tensor, less what it was; a `start` of None is zero."""
+    change = tensors[name].astype(np.float64)
     if start is not None:
-        moved -= start[name]
-    return moved
+        change -= start[name]
+    return change
 
 
-def _norm(tensors: Tensors, start: Tensors | None) -> float:
+def distance_moved(tensors: Tensors, start: Tensors | None) -> float:
+    """The Euclidean norm of all numbers, less those of `start`; `start` may have more tensors."""
     return math.sqrt(
-        math.fsum(float(np.square(_moved(name, tensors, start)).sum()) for name in sorted(tensors))
+        math.fsum(float(np.square(moved(name, tensors, start)).sum()) for name in sorted(tensors))
     )
 
 
@@ -190,7 +186,20 @@ def _squared_distances(updates: Sequence[Update]) -> NDArray[np.float64]:
     return np.maximum(squares[:, None] + squares - 2 * products, 0.0)
 
 
-def _of_one_size(updates: Iterable[Update]) -> list[Update]:
+def check_start(updates: Iterable[Update], start: Tensors) -> None:
+    """Raise FederationError for a tensor of an update that `start` has not, or of another shape."""
+    for update in updates:
+        for name, tensor in update.tensors.items():
+            if name not in start or start[name].shape != tensor.shape:
+                have = list(start[name].shape) if name in start else "none"
+                raise FederationError(
+                    f"client {update.client!r}: expected {name!r} of the adapter that the round "
+                    f"began with, {list(tensor.shape)}, found {have}; give that adapter"
+                )
+
+
+def of_one_size(updates: Iterable[Update]) -> list[Update]:
+    """Sort updates by client. Raises FederationError where their sizes or tensors differ."""
     found = ordered(updates)
     for update in found[1:]:
         if (update.size, set(update.tensors)) != (found[0].size, set(found[0].tensors)):

@@ -27,16 +27,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedgraft.errors import FederationError, ReportError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
-from fedgraft.federation.history import History, Part, Round, means
+from fedgraft.federation.hierarchy import Clusters, mix
+from fedgraft.federation.history import History, Part, Round, Spent, means
 from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
 from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
 from fedgraft.federation.optimiser import stepped
 from fedgraft.federation.plan import Plan
+from fedgraft.federation.privacy import check_installed, noised, spent
 from fedgraft.federation.robust import clipped, krum, median, trimmed_mean
 from fedgraft.federation.standing import (
     Standing,
@@ -86,6 +90,8 @@ class Answered:
     part: Part
 
 
+Ready = Mapping[tuple[str, Size], Mapping[str, NDArray[Any]]]
+"""Group and size -> the tensors that its clients are sent."""
 Event = Asked | Answered | Round
 Watch = Callable[[Event], None]
 """Told what happens, for a live table."""
@@ -121,6 +127,8 @@ class _Run:
         self.exchange, self.plan, self.out, self.watch = exchange, plan, out, watch
         self.workplace = Workplace(model)
         self.model = self.workplace.content_hash
+        if plan.privacy:
+            check_installed()
         self.group_of = {name: group for group, names in plan.groups.items() for name in names}
         self.ledger = Ledger(out / LEDGER)
         self.trained: set[str] = set()
@@ -179,13 +187,18 @@ class _Run:
 
     @property
     def _plan_hash(self) -> str:
-        return hash_json(self.plan.model_dump(mode="json", exclude=FREE))
+        """Noise that was chosen for an epsilon is for so many rounds and no more."""
+        chosen = self.plan.privacy and self.plan.privacy.epsilon
+        free = FREE - {"num_rounds"} if chosen else FREE
+        return hash_json(self.plan.model_dump(mode="json", exclude=free))
 
     def _fresh(self, number: int) -> dict[Size, dict[str, Floats]]:
-        return {
-            size: self.workplace.fresh(size, derive_seed(self.plan.seed, "adapter", number))
-            for size in self.plan.all_sizes
-        }
+        """New adapters. FLoRA needs some every round; else the model is not kept in memory."""
+        seed = derive_seed(self.plan.seed, "adapter", number)
+        found = {size: self.workplace.fresh(size, seed) for size in self.plan.all_sizes}
+        if self.plan.rule != "flora":
+            self.workplace.close()
+        return found
 
     def _ask_sizes(self) -> None:
         """Find out who can take part; who cannot is named, and not asked again."""
@@ -220,7 +233,8 @@ class _Run:
         incoming = self.out / f".incoming-{number:04d}"
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
-        questions = {name: self._training_question(name, number, started) for name in asked}
+        ready = self._ready(asked)
+        questions = {name: self._training_question(name, number, ready, started) for name in asked}
         parts: dict[str, Part] = {}
         updates: dict[str, list[Update]] = {group: [] for group in self.plan.groups}
         for answer in self._asked(questions):
@@ -235,17 +249,24 @@ class _Run:
             expected = [name for name in asked if self.group_of[name] == group]
             try:
                 self._check_quorum(group, expected, found, parts)
-                for name, moved, drift in self._movements(group, found):
-                    changed = {"moved": moved, "drift": drift}
-                    parts[name] = parts[name].model_copy(update=changed)
-                self.standings[group] = self._aggregated(group, found, number)
+                if not self.plan.privacy:  # both tell of changes before the noise
+                    for name, moved, drift in self._movements(group, found):
+                        changed = {"moved": moved, "drift": drift}
+                        parts[name] = parts[name].model_copy(update=changed)
+                self.standings[group] = self._aggregated(group, found, number, len(expected))
             except FederationError as error:
                 kept[group] = str(error)
+        clusters = self._mixed({group: updates[group] for group in updates if group not in kept})
         self.trained |= {name for name, part in parts.items() if part.fault is None}
         clock.lap("aggregate")
         listed = tuple(parts[name] for name in sorted(parts))
         done = Round(
-            number=number, parts=listed, kept=kept, means=means(listed), seconds=clock.seconds
+            number=number,
+            parts=listed,
+            kept=kept,
+            clusters=clusters,
+            means=means(listed),
+            seconds=clock.seconds,
         )
         self._write(done, clock)
         shutil.rmtree(incoming)
@@ -290,11 +311,19 @@ class _Run:
                 found.setdefault(self.plan.department_of(answer.client), []).append(update)
         return {department: dict(mean_b(updates)) for department, updates in found.items()}
 
+    def _ready(self, names: Iterable[str]) -> Ready:
+        """What groups send to their clients, as it travels: once for all who get the same."""
+        wanted = {(self.group_of[name], self.plan.size_of(name)) for name in names}
+        return {
+            (group, size): narrowed(self.standings[group].sent(size), self.plan.wire)
+            for group, size in wanted
+        }
+
     def _training_question(
-        self, name: str, number: int, started: Mapping[str, Tensors]
+        self, name: str, number: int, ready: Ready, started: Mapping[str, Tensors]
     ) -> Question:
-        plan, standing = self.plan, self.standings[self.group_of[name]]
-        tensors = standing.sent(plan.size_of(name))
+        plan = self.plan
+        tensors = ready[self.group_of[name], plan.size_of(name)]
         trained, scored = "AB", self._scored(number)
         match plan.rule:
             case "ffa":
@@ -302,7 +331,7 @@ class _Run:
                 if name in self.trained:
                     tensors = _without(tensors, "A")
             case "fedsa":
-                mean = started.get(plan.department_of(name), {})
+                mean = narrowed(started.get(plan.department_of(name), {}), plan.wire)
                 tensors = _without(tensors, "B") if name in self.trained else {**tensors, **mean}
                 scored = scored if scored == "graft" else ""
         settings = self._task(
@@ -313,7 +342,7 @@ class _Run:
             round=number,
             phase="train",
             settings=settings,
-            tensors=narrowed(tensors, plan.wire),
+            tensors=tensors,
         )
 
     def _scored(self, number: int) -> Scored:
@@ -353,7 +382,8 @@ class _Run:
             return self._part(answer, self._logged(answer, "train", {})), None
         update = self._update(answer)
         refused = self._refused(update, number, self.plan.sent)
-        refused = refused or self._logged(answer, "train", _shapes(update))
+        unlogged = self._logged(answer, "train", {} if refused else _shapes(update))
+        refused = refused or unlogged
         part = self._part(answer, refused)
         if refused:
             return part, None
@@ -477,10 +507,28 @@ class _Run:
             drift = 1 - across / (norm * length) if norm and length else None
             yield update.client, norm, drift
 
-    def _aggregated(self, group: str, updates: list[Update], number: int) -> Standing:
+    def _mixed(self, updates: Mapping[str, list[Update]]) -> Clusters:
+        """Mix the departments that have a new adapter; the others stay as they are."""
+        mixing = self.plan.mixing
+        if mixing is None or len(updates) < 2:
+            return ()
+        (size,) = self.plan.all_sizes
+        adapters = {group: self.standings[group].adapters[size] for group in updates}
+        weights = {
+            group: len(found) if self.plan.privacy else sum(one.num_examples for one in found)
+            for group, found in updates.items()
+        }
+        following, clusters = mix(adapters, weights, mixing)
+        for group, tensors in following.items():
+            self.standings[group] = replace(self.standings[group], adapters={size: tensors})
+        return clusters
+
+    def _aggregated(
+        self, group: str, updates: list[Update], number: int, num_asked: int
+    ) -> Standing:
         plan, standing = self.plan, self.standings[group]
         fresh = self._fresh(number) if plan.rule == "flora" else None
-        following = standing.advanced(self._layers(group, updates), fresh)
+        following = standing.advanced(self._layers(group, updates, number, num_asked), fresh)
         if plan.optimiser.name == "fedavg":
             return following
         (size,) = standing.adapters
@@ -492,8 +540,19 @@ class _Run:
         adapters = {size: {**following.adapters[size], **taken}}
         return Standing(adapters=adapters, changes=following.changes, optimiser=state)
 
-    def _layers(self, group: str, updates: list[Update]) -> Iterable[Layer]:
+    def _layers(
+        self, group: str, updates: list[Update], number: int, num_asked: int
+    ) -> Iterable[Layer]:
         plan, robust = self.plan, self.plan.robust
+        if plan.privacy:
+            return noised(
+                updates,
+                self.standings[group].adapters[updates[0].size],
+                plan.privacy,
+                num_rounds=plan.num_rounds,
+                num_expected=num_asked,
+                seed=derive_seed(plan.seed, "privacy", group, number),
+            )
         sizes = plan.all_sizes if plan.rule == "flexlora" else None
         match robust.name if robust else None:
             case "trimmed_mean":
@@ -522,7 +581,9 @@ class _Run:
             clock.lap("write")
             done = done.model_copy(update={"seconds": clock.seconds})
             rounds = (*self.history.rounds, done)
-            self.history = self.history.model_copy(update={"rounds": rounds})
+            self.history = self.history.model_copy(
+                update={"rounds": rounds, "privacy": self._spent(len(rounds))}
+            )
             self.history.write(partial / HISTORY)
             Record.make(
                 "round",
@@ -532,6 +593,11 @@ class _Run:
         self.history.write(self.out / HISTORY)
         for old in sorted((self.out / ROUNDS).glob("[0-9]*"))[:-NUM_KEPT]:
             shutil.rmtree(old)
+
+    def _spent(self, num_rounds: int) -> Spent | None:
+        if self.plan.privacy is None:
+            return None
+        return spent(self.plan.privacy, num_rounds, num_planned=self.plan.num_rounds)
 
     def _finish(self) -> History:
         """Score the last adapters, write them, and close the history."""
@@ -552,11 +618,9 @@ class _Run:
                 ),
                 overwrite=True,
             )
-        questions = {
-            name: self._scoring_question(name, number)
-            for name in self.plan.clients
-            if name not in self.excluded
-        }
+        names = [name for name in self.plan.clients if name not in self.excluded]
+        ready = self._ready(names)
+        questions = {name: self._scoring_question(name, number, ready) for name in names}
         last = {part.client: part.scores.get("client") for part in self.history.rounds[-1].parts}
         final = []
         for answer in self._asked(questions):
@@ -587,14 +651,13 @@ class _Run:
             adapters = {size: {**tensors, **b} for size, tensors in standing.adapters.items()}
             self.standings[group] = Standing(adapters=adapters, optimiser=standing.optimiser)
 
-    def _scoring_question(self, name: str, number: int) -> Question:
-        tensors = self.standings[self.group_of[name]].sent(self.plan.size_of(name))
+    def _scoring_question(self, name: str, number: int, ready: Ready) -> Question:
         return Question(
             kind="scores",
             round=number,
             phase="evaluate",
             settings=self._task(name, scored=self._scored(number)),
-            tensors=narrowed(tensors, self.plan.wire),
+            tensors=ready[self.group_of[name], self.plan.size_of(name)],
         )
 
 
@@ -625,7 +688,7 @@ def _moved(update: Update, starts: Mapping[Size, Tensors], name: str) -> Floats:
     return update.tensors[name] - starts[update.size][name]
 
 
-def _without(tensors: Tensors, factor: Factor) -> dict[str, Floats]:
+def _without(tensors: Mapping[str, NDArray[Any]], factor: Factor) -> dict[str, NDArray[Any]]:
     return {name: t for name, t in tensors.items() if not name.endswith(f".lora_{factor}.weight")}
 
 

@@ -219,7 +219,7 @@ def _check_tensors(update: Update, template: Template) -> None:
             raise _refused(
                 update,
                 f"{len(shapes)} tensors and nothing else",
-                f"{name!r} too",
+                f"{_shown(name)} too",
                 "send the factors that the federation names alone",
             )
     for name, shape in shapes.items():
@@ -261,3 +261,9 @@ def _refused(update: Update, expected: str, found: str, remedy: str) -> Federati
     return FederationError(
         f"client {update.client!r}: expected {expected}, found {found}; {remedy}"
     )
+
+
+def _shown(name: object) -> str:
+    """A name that the client chose, cut short."""
+    text = repr(name)
+    return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"

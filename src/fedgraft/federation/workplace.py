@@ -28,8 +28,9 @@ from fedgraft.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from fedgraft.training.adapter import AdaptedModel
 
 
 class Workplace:
@@ -38,7 +39,7 @@ class Workplace:
     def __init__(self, model: str | Path) -> None:
         """Open nothing yet but the checkpoint's headers. Raises CheckpointError."""
         self._source = Checkpoint.open(model)
-        self._adapted: PeftModel | None = None
+        self._adapted: AdaptedModel | None = None
         self._size: Size | None = None
         self._plain: dict[str, torch.Tensor] = {}
         self._changed: tuple[str, ...] = ()
@@ -68,6 +69,10 @@ class Workplace:
         """
         model = self._sized(size, seed, anew=True)
         return factors(model)
+
+    def close(self) -> None:
+        """Let the model go; whoever needs it next opens it again."""
+        self._adapted, self._size, self._plain, self._changed = None, None, {}, ()
 
     def train(
         self,
@@ -110,13 +115,15 @@ class Workplace:
         model = self._prepared(size, tensors, changes)
         return document_perplexity(model, self.tokenizer, documents, window=window, label=label)
 
-    def _prepared(self, size: Size, tensors: Tensors, changes: Mapping[str, Change]) -> "PeftModel":
+    def _prepared(
+        self, size: Size, tensors: Tensors, changes: Mapping[str, Change]
+    ) -> "AdaptedModel":
         model = self._sized(size, seed=0)
         set_factors(model, tensors)
         self._change(changes)
         return model
 
-    def _sized(self, size: Size, seed: int, *, anew: bool = False) -> "PeftModel":
+    def _sized(self, size: Size, seed: int, *, anew: bool = False) -> "AdaptedModel":
         """The model with factors of a size; their values are whoever's."""
         if self._adapted is None or self._size != size or anew:
             if self._adapted is None:

@@ -26,6 +26,7 @@ from fedgraft.report.words import (
     power,
     score,
     score_words,
+    size,
     spaced,
     spread,
 )
@@ -72,7 +73,7 @@ def render(result: Whichever) -> str:
 def _of_arms(result: Result) -> str:
     return fill(
         "template.html",
-        *(duration, count, power, score, spread, figure),
+        *(duration, count, power, score, spread, figure, size),
         result=result,
         labels=LABELS,
         colours=COLOURS,
@@ -84,6 +85,7 @@ def _of_arms(result: Result) -> str:
         examples=_examples(result),
         settings=list(flatten(result.settings)),
         num_seeds=len(result.scales),
+        **departments.sections(result.federations, None),
     )
 
 

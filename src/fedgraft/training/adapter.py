@@ -131,6 +131,8 @@ def add_factors(model: "PreTrainedModel", settings: Lora, seed: int) -> PeftMode
         return get_peft_model(model, config)
 
 
+AdaptedModel = PeftModel
+"""A model with an adapter attached."""
 Factors = Mapping[str, NDArray[Any]]
 """PEFT's name, `base_model.model.LAYER.lora_A.weight` -> the tensor: of all layers, A and B."""
 
