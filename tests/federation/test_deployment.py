@@ -198,6 +198,13 @@ def test_an_unknown_key_is_refused(up: Loopback) -> None:
 
 
 @pytest.mark.slow
+def test_a_node_without_a_key_is_refused(up: Loopback) -> None:
+    up.start_node("nobody", keyless=True)
+    assert "could not establish a connection" in ended(up, "node nobody")
+    assert set(up.nodes()) == set(NAMES)
+
+
+@pytest.mark.slow
 def test_a_name_of_another_cannot_be_had_with_an_own_key(up: Loopback) -> None:
     """A node says nothing of its name: it is what its key was registered under."""
     key = up.work / "keys" / "intruder"
