@@ -157,11 +157,22 @@ def test_the_adapter_is_that_of_one_process_to_the_bit(
     up: Loopback, in_process: Callable[[int], Path]
 ) -> None:
     out = up.work / "run-whole"
-    history = up.finished(up.submit(plan(), out), out, 280)
+    run = up.submit(plan(), out)
+    history = up.finished(run, out, 280)
     assert history.transport == "flower"
     assert {part.client for part in history.final if part.counted} == set(NAMES)
     assert all(part.bytes_up > 0 for done in history.rounds for part in done.parts)
     same_to_the_bit(out, in_process(2))
+
+    log = subprocess.run(
+        [loopback.PROGRAMS / "flwr", "log", str(run), loopback.NAME, "--show"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **flower.QUIET, "FLWR_HOME": str(up.home)},
+        check=True,
+    )
+    assert "round 2, train: hr-1 answered after" in log.stdout
+    assert "round 2 is kept" in log.stdout
 
 
 @pytest.mark.slow
