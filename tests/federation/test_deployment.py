@@ -177,10 +177,10 @@ def test_the_adapter_is_that_of_one_process_to_the_bit(
 
 @pytest.mark.slow
 def test_the_command_of_a_federation_runs_it_over_flower(up: Loopback) -> None:
-    """`fedgraft federate PLAN --superlink NAME`, from the plan to the page."""
+    """`fedgraft federate PLAN --superlink NAME`, from the plan to the page; no text is there."""
     out, file = up.work / "run-command", up.work / "federation.yaml"
-    departments = {name.removesuffix("-1"): str(up.texts[name]) for name in NAMES}
-    listed = "\n".join(f"  {d}: {{ corpus: [{text}] }}" for d, text in departments.items())
+    departments = [name.removesuffix("-1") for name in NAMES]
+    listed = "\n".join(f"  {name}: {{ corpus: [elsewhere.jsonl] }}" for name in departments)
     file.write_text(
         f"name: three\nmodel: {up.model}\ndepartments:\n{listed}\nnum_rounds: 1\n"
         "training: { num_tokens: 256, learning_rate: 1.0e-2, rank: 2, batch_tokens: 64 }\n"
