@@ -176,6 +176,16 @@ def test_privacy_is_spoken_of_where_epsilon_and_delta_are_known_and_nowhere_else
         assert not re.search(r"epsilon|delta|priva|\bDP\b", text_of(one), re.IGNORECASE)
 
 
+def test_departments_that_were_mixed_are_named_round_by_round(run_page: str) -> None:
+    result = example_federation()
+    first, *others = result.history.rounds
+    first = first.model_copy(update={"clusters": (("hr", "it_support"), ("finance",))})
+    history = result.history.model_copy(update={"rounds": (first, *others)})
+    text = text_of(render(result.model_copy(update={"history": history})))
+    assert "FedAvg 1 hr and it support; finance" in text
+    assert "moved towards each other" not in text_of(run_page)
+
+
 def test_traffic_is_what_the_ledger_adds_up_to(page: str, run_page: str) -> None:
     up, down = (
         sum(getattr(c, way) for c in TRAFFIC.values()) for way in ("bytes_up", "bytes_down")

@@ -177,6 +177,7 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         ],
         "refusals": list(_refusals(federations)),
         "kept": list(_kept(federations)),
+        "mixed": list(_mixed(federations)),
         "num_answers": sum(len(done.parts) for one in federations for done in one.history.rounds),
     }
 
@@ -558,6 +559,15 @@ def _kept(federations: Sequence[Together]) -> Iterator[tuple[str, int, str, str]
         for done in one.history.rounds:
             for group, why in done.kept.items():
                 yield _name(one, federations), done.number, group, why
+
+
+def _mixed(federations: Sequence[Together]) -> Iterator[tuple[str, int, str]]:
+    """Federation, round, the departments that moved towards each other."""
+    for one in federations:
+        for done in one.history.rounds:
+            clusters = [" and ".join(map(spaced, found)) for found in done.clusters]
+            if clusters:
+                yield _name(one, federations), done.number, "; ".join(clusters)
 
 
 def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, str]]]]:

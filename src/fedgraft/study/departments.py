@@ -141,7 +141,8 @@ class _Departments(Federating):
     def _together(
         self, seed: int, grafted: Path, clients: Clients, arm: str
     ) -> tuple[list[Scored], Together]:
-        changes = {"share": "organisation"} if arm == "global" else {"rule": arm}
+        one_for_all = {"share": "organisation", "mixing": None}
+        changes = one_for_all if arm == "global" else {"rule": arm}
         words = "one for all" if arm == "global" else RULE_WORDS[arm]  # type: ignore[index]
         return self.federate(
             grafted,
