@@ -130,6 +130,28 @@ def test_a_reason_stays_in_the_clients_log(
     assert logged in caplog.text
 
 
+@pytest.mark.parametrize(
+    "leak",
+    [
+        {"note": "all our salaries"},
+        {"num_examples": "all our salaries"},
+        {"hr-1.text": np.frombuffer(b"all our salaries", np.uint8)},
+        {"base_model.model.other": np.zeros(3, np.float32)},
+    ],
+)
+def test_what_is_no_answer_does_not_pass_the_gate(
+    leak: dict[str, Any], workplace: Workplace, tmp_path: Path
+) -> None:
+    class Leaking(Client):
+        def _sizes(self, task: Task) -> Any:
+            return {**super()._sizes(task), **leak}
+
+    found = documents("hr-1", 8)
+    asked = question(workplace, kind="sizes")
+    one = Leaking("hr-1", workplace, found[:6], found[6:], tmp_path).answer(asked)
+    assert (one.fault, dict(one.payload)) == ("refused", {})
+
+
 def test_a_diverging_client_says_so(workplace: Workplace, tmp_path: Path) -> None:
     training = AdapterSettings.model_validate({**TRAINING, "learning_rate": 1e30})
     found = client("hr-1", workplace, tmp_path).answer(question(workplace, training=training))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -38,6 +39,7 @@ from fedgraft.federation.flower import (
     question_records,
     read_plan,
     server_app,
+    submit,
 )
 from fedgraft.federation.message import FAULTS, Answer, Question
 
@@ -593,3 +595,25 @@ def test_the_app_brings_no_code_and_asks_for_no_package() -> None:
         module, name = reference.split(":")
         assert module == flower.__name__
         assert hasattr(flower, name)
+
+
+@pytest.mark.parametrize(
+    ("superlink", "found"), [("nowhere", "'nowhere' not found"), ("closed", "is unavailable")]
+)
+def test_a_superlink_that_is_not_there_is_said_with_the_remedy(
+    superlink: str, found: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(
+        '[superlink]\ndefault = "closed"\n\n'
+        '[superlink.closed]\naddress = "127.0.0.1:9"\ninsecure = true\n'
+    )
+    with pytest.raises(
+        FederationError, match=rf"to do `flwr run`, found: .*{found}.* Look whether"
+    ):
+        submit(Path("/p"), Path("/m"), Path("/o"), superlink=superlink, home=tmp_path)
+
+
+def test_without_flowers_command_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(FederationError, match=r"found none; pip install 'fedgraft\[flower\]'"):
+        submit(Path("/p"), Path("/m"), Path("/o"), superlink="x")

@@ -32,7 +32,7 @@ from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.message import Answer, Question
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import Answered, Asked, Event, run_rounds
-from fedgraft.federation.standing import Stored
+from fedgraft.federation.standing import Stored, load_standing
 from fedgraft.federation.update import Size
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model
@@ -347,6 +347,43 @@ def test_rules_of_one_factor_send_that_factor_alone(
     downs = {e.round: e.bytes_down for e in entries if e.phase == "train" and e.client == "hr-1"}
     assert downs[2] < 0.8 * downs[1]
     assert down == up
+
+
+def test_ffa_never_moves_a(whole: Whole) -> None:
+    folder, _ = whole(plan(rule="ffa"))
+    kept = [Stored(file) for file in sorted((folder / "state").rglob("adapter-*.safetensors"))]
+    assert len(kept) == 8
+    written = Stored(folder / "out/adapters/hr/adapter_model.safetensors")
+    for name in kept[0]:
+        if ".lora_A." in name:
+            assert all(np.array_equal(one[name], written[name]) for one in kept)
+        else:
+            assert not np.array_equal(kept[0][name], kept[-1][name])
+
+
+def test_flora_begins_every_round_with_another_adapter(whole: Whole) -> None:
+    folder, _ = whole(plan(rule="flora"))
+    rounds = [
+        load_standing(folder / f"out/rounds/{number:04d}/hr").adapters[Size(4, 16.0)]
+        for number in (1, 2)
+    ]
+    for name, tensor in rounds[0].items():
+        assert (".lora_B." in name) == np.array_equal(tensor, rounds[1][name])
+        assert (".lora_B." in name) == (not np.abs(tensor).max())
+
+
+def test_a_run_that_stopped_before_its_last_scores_takes_them(
+    model: Path, whole: Whole, tmp_path: Path
+) -> None:
+    def dying(answer: Answer) -> Answer:
+        if answer.kind == "scores":
+            raise KilledError
+        return answer
+
+    with pytest.raises(KilledError):
+        run(model, tmp_path, plan(), dying)
+    again, (_, undisturbed) = run(model, tmp_path, plan()), whole(plan())
+    assert [part.scores for part in again.final] == [part.scores for part in undisturbed.final]
 
 
 def test_numbers_travel_as_float16_where_the_plan_says_so(whole: Whole) -> None:

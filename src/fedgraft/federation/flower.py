@@ -463,6 +463,8 @@ def _rounds(grid: Grid, context: Context) -> None:
     from fedgraft.federation.rounds import run_rounds  # with torch
 
     run_rounds(exchange, plan, model, out, watch=_tell)
+    if exchange.num_dropped:
+        log.warning("%d replies to no question of this run were dropped", exchange.num_dropped)
 
 
 def _tell(event: "Event") -> None:
@@ -596,7 +598,8 @@ def _flwr(*arguments: str, home: Path | None) -> dict[str, Any]:
     if done.returncode or not found.get("success"):
         said = found.get("error-message") or done.stderr.strip() or done.stdout.strip()
         raise FederationError(
-            f"expected Flower to do `flwr {arguments[0]}`, found: {said}; look whether the "
-            "SuperLink runs and `config.toml` below FLWR_HOME names its address and certificate"
+            f"expected Flower to do `flwr {arguments[0]}`, found: {' '.join(said.split())} Look "
+            "whether the SuperLink runs, and whether `config.toml` below FLWR_HOME names its "
+            "address and certificate"
         )
     return cast("dict[str, Any]", found)

@@ -126,11 +126,8 @@ class Workplace:
     def _sized(self, size: Size, seed: int, *, anew: bool = False) -> "AdaptedModel":
         """The model with factors of a size; their values are whoever's."""
         if self._adapted is None or self._size != size or anew:
-            if self._adapted is None:
-                plain = open_model(self._source.path)
-            else:
-                self._change({})
-                plain = plain_model(self._adapted)
+            adapted = self._adapted
+            plain = plain_model(adapted) if adapted else open_model(self._source.path)
             self._adapted = add_factors(plain, Lora(rank=size.rank, alpha=size.alpha), seed)
             self._size = size
         return self._adapted

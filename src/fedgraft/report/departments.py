@@ -562,7 +562,11 @@ def _kept(federations: Sequence[Together]) -> Iterator[tuple[str, int, str, str]
 
 def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     """Department -> model, weighted, unweighted, number of clients; the organisation last."""
-    means = history.final_means
+    first = history.rounds[0].means if history.rounds else {}
+    means = {
+        place: {**{m: mean for m, mean in first.get(place, {}).items() if m == "graft"}, **models}
+        for place, models in history.final_means.items()
+    }
     places = [name for name in means if name != ALL]
     places += [ALL] if len(places) > 1 else []
     return [
@@ -580,10 +584,10 @@ def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, s
 
 
 def _run_tiles(result: Federation) -> Iterator[Tile]:
-    """Perplexity of the last adapter against the graft; rounds, bytes and time."""
+    """Perplexity of the last adapter against the graft; bytes and time."""
     means = result.history.final_means.get(ALL, {})
     rounds = result.history.rounds
-    before = means.get("graft") or (rounds[0].means.get(ALL, {}).get("graft") if rounds else None)
+    before = rounds[0].means.get(ALL, {}).get("graft") if rounds else None
     for model in ("department", "global"):
         if before and (after := means.get(model)):
             yield Tile(
@@ -594,7 +598,10 @@ def _run_tiles(result: Federation) -> Iterator[Tile]:
             )
     up = sum(carried.bytes_up for carried in result.traffic.values())
     down = sum(carried.bytes_down for carried in result.traffic.values())
-    yield Tile(value=str(len(rounds)), words="rounds", colour=figures.BLUE)
     yield Tile(value=size(up), words="left the clients", colour=figures.ORANGE)
     yield Tile(value=size(down), words="went to the clients", colour=figures.SKY)
-    yield Tile(value=duration(result.seconds), words="on the clock", colour=figures.GREY)
+    yield Tile(
+        value=duration(result.seconds),
+        words=f"on the clock, {len(rounds)} rounds",
+        colour=figures.GREY,
+    )

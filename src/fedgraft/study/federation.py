@@ -33,7 +33,7 @@ from fedgraft.study.material import (
     shared_out,
     split_texts,
 )
-from fedgraft.study.result import ALL, Federation, Holdings
+from fedgraft.study.result import ALL, RULE_WORDS, Federation, Holdings
 from fedgraft.study.run import versions
 from fedgraft.study.study import Texts, faults_of, read_yaml, with_paths
 from fedgraft.study.together import holdings, traffic, train_together
@@ -236,9 +236,11 @@ def verdict(history: History) -> str:
         if before and after:
             better += after.weighted < before.weighted
             told.append(f"{name} {before.weighted:.3f} to {after.weighted:.3f}")
+    words = {str(rule): words for rule, words in RULE_WORDS.items()}
+    rule = str(history.plan.get("rule"))
     sentences = [
         f"{len(history.rounds)} rounds of {len({p.client for p in history.final})} clients "
-        f"in {len(departments)} departments, by {history.plan.get('rule')}."
+        f"in {len(departments)} departments, by {words.get(rule, rule)}."
     ]
     if told:
         sentences.append(
