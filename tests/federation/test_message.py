@@ -130,6 +130,13 @@ def test_an_answer_with_other_values_is_refused(wrong: dict[str, object]) -> Non
         answer_from(forged(**{**ANSWER, **wrong}))
 
 
+def test_an_answer_that_names_a_thing_twice_is_refused() -> None:
+    about = json.dumps({**ANSWER, "scalars": {"loss": 1.0}})
+    twice = save({"loss": np.ones(1, np.float32)}, metadata={"message": about})
+    with pytest.raises(FederationError, match="fields of an answer with other values"):
+        answer_from(twice)
+
+
 def test_numbers_too_large_for_float16_are_refused_by_tensor() -> None:
     tensors = {"small": np.ones(3, np.float32), "large": np.full(2, 1e5, np.float32)}
     with pytest.raises(FederationError, match="numbers in 'large' that float16 holds"):

@@ -1,5 +1,6 @@
 """Laws of adapters: fresh ones change nothing, merged equals attached, each fits one model only."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedgraft.errors import ResidualError, TrainingError
+from fedgraft.errors import NonFiniteError, ResidualError, TrainingError
 from fedgraft.models import open_model
 from fedgraft.provenance import Record
 from fedgraft.testing import save_tiny
@@ -57,6 +58,18 @@ def test_merged_equals_attached(checkpoint: Path, adapter: Path) -> None:
     attached = logits(open_adapted(checkpoint, adapter))
     merged = logits(merge_adapter(open_adapted(checkpoint, adapter)))
     torch.testing.assert_close(merged, attached, atol=1e-5, rtol=1e-5)
+
+
+def test_training_leaves_the_garbage_collector_as_it_was(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    before = gc.get_freeze_count()
+    train_adapter(checkpoint, rows, tmp_path / "out", SETTINGS)
+    assert gc.get_freeze_count() == before
+    broken = SETTINGS.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(NonFiniteError):
+        train_adapter(checkpoint, rows, tmp_path / "broken", broken)
+    assert gc.get_freeze_count() == before
 
 
 def test_the_same_seed_gives_the_same_adapter(
