@@ -190,16 +190,26 @@ class Loopback:
         self.start(f"resident {client}", *command, f"--socket={self.socket(client)}")
 
     def start_node(
-        self, client: str, *, key: Path | None = None, authority: Path | None = None
+        self,
+        client: str,
+        *,
+        key: Path | None = None,
+        authority: Path | None = None,
+        keyless: bool = False,
     ) -> None:
-        """A SuperNode; with another key or authority to see it refused."""
+        """A SuperNode; with another key or authority to see it refused, or without a key.
+
+        The last goes to the SuperLink directly, for the proxy would refuse it already.
+        """
         (port,) = free_ports(1)
+        server = self.proxy_port if self.nginx and not keyless else self.port
+        shown = [] if keyless else [f"--auth-supernode-private-key={key or self.key(client)}"]
         self.start(
             f"node {client}",
             PROGRAMS / "flower-supernode",
-            f"--superlink={NAME}:{self.proxy_port if self.nginx else self.port}",
+            f"--superlink={NAME}:{server}",
             f"--root-certificates={authority or self.authority}",
-            f"--auth-supernode-private-key={key or self.key(client)}",
+            *shown,
             f"--port={port}",
             f"--node-config=socket={json.dumps(str(self.socket(client)))}",
         )

@@ -157,19 +157,30 @@ def test_the_adapter_is_that_of_one_process_to_the_bit(
     up: Loopback, in_process: Callable[[int], Path]
 ) -> None:
     out = up.work / "run-whole"
-    history = up.finished(up.submit(plan(), out), out, 280)
+    run = up.submit(plan(), out)
+    history = up.finished(run, out, 280)
     assert history.transport == "flower"
     assert {part.client for part in history.final if part.counted} == set(NAMES)
     assert all(part.bytes_up > 0 for done in history.rounds for part in done.parts)
     same_to_the_bit(out, in_process(2))
 
+    log = subprocess.run(
+        [loopback.PROGRAMS / "flwr", "log", str(run), loopback.NAME, "--show"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **flower.QUIET, "FLWR_HOME": str(up.home)},
+        check=True,
+    )
+    assert "round 2, train: hr-1 answered after" in log.stdout
+    assert "round 2 is kept" in log.stdout
+
 
 @pytest.mark.slow
 def test_the_command_of_a_federation_runs_it_over_flower(up: Loopback) -> None:
-    """`fedgraft federate PLAN --superlink NAME`, from the plan to the page."""
+    """`fedgraft federate PLAN --superlink NAME`, from the plan to the page; no text is there."""
     out, file = up.work / "run-command", up.work / "federation.yaml"
-    departments = {name.removesuffix("-1"): str(up.texts[name]) for name in NAMES}
-    listed = "\n".join(f"  {d}: {{ corpus: [{text}] }}" for d, text in departments.items())
+    departments = [name.removesuffix("-1") for name in NAMES]
+    listed = "\n".join(f"  {name}: {{ corpus: [elsewhere.jsonl] }}" for name in departments)
     file.write_text(
         f"name: three\nmodel: {up.model}\ndepartments:\n{listed}\nnum_rounds: 1\n"
         "training: { num_tokens: 256, learning_rate: 1.0e-2, rank: 2, batch_tokens: 64 }\n"
@@ -194,6 +205,13 @@ def test_an_unknown_key_is_refused(up: Loopback) -> None:
     loopback.script("node-key.sh", up.work / "keys" / "stranger")
     up.start_node("stranger")
     assert "Failed to activate SuperNode" in ended(up, "node stranger")
+    assert set(up.nodes()) == set(NAMES)
+
+
+@pytest.mark.slow
+def test_a_node_without_a_key_is_refused(up: Loopback) -> None:
+    up.start_node("nobody", keyless=True)
+    assert "could not establish a connection" in ended(up, "node nobody")
     assert set(up.nodes()) == set(NAMES)
 
 
