@@ -21,6 +21,7 @@ from fedgraft.federation import flower, resident
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import Part, Round
 from fedgraft.federation.message import Question
+from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import Answered, Asked
 from fedgraft.study.federation import ClientFile, FederationFile, numbered
@@ -226,9 +227,11 @@ def test_help_shows_a_plan_to_copy() -> None:
         assert words in helped
 
 
-def test_clients_are_named_as_the_partition_names_them() -> None:
-    assert numbered("hr", 2) == ("hr-1", "hr-2")
-    assert numbered("hr", 12)[0] == "hr-01"
+@pytest.mark.parametrize(("department", "count"), [("hr", 2), ("hr", 12), ("it.", 1), ("a-", 3)])
+def test_clients_are_named_as_the_partition_names_them(department: str, count: int) -> None:
+    labels = {"department": [department] * 40}
+    found = Partition(num_clients=count).clients(labels)
+    assert numbered(department, count) == tuple(found)
 
 
 # ── on other machines ────────────────────────────────────────────────────────────────────────────

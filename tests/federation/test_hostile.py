@@ -272,7 +272,10 @@ def test_an_answer_that_is_no_message_costs_its_client_the_round_and_nobody_else
 
 @pytest.mark.slow
 def test_robust_rules_keep_the_loss_that_fedavg_loses_to_two_of_ten() -> None:
-    """A small version of benchmarks/hostile.py, on the company's pages and with one seed."""
+    """A small version of benchmarks/hostile.py, on the company's pages and with one seed.
+
+    Clipping cuts lengths and leaves directions: it loses some of what FedAvg does, no more.
+    """
     company = Company.found(SEED)
     pages = pages_of_year(company, 2, SEED)
     text = Text(train=tuple(pages[30:]), held_out=tuple(pages[:30]))
@@ -284,11 +287,8 @@ def test_robust_rules_keep_the_loss_that_fedavg_loses_to_two_of_ten() -> None:
         held_out_loss, Workplace(model), model, text, training, num_rounds=2, seed=0, first={}
     )
     clean = learn()
-    for attack in ("scaled", "both"):
-        found = {
-            rule: learn(robust=robust, factor=ATTACKS[attack]) / clean
-            for rule, robust in RULES.items()
-        }
-        assert found["FedAvg"] > 1.05, (attack, found)
-        for rule in ("trimmed mean", "median", "Krum"):
-            assert found[rule] < 1.05, (attack, found)
+    found = {
+        rule: learn(robust=robust, factor=ATTACKS["both"]) / clean for rule, robust in RULES.items()
+    }
+    assert found.pop("FedAvg") > max(1.05, found.pop("clipping"))
+    assert all(ratio < 1.05 for ratio in found.values()), found

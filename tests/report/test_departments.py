@@ -17,7 +17,7 @@ from tests.report.example import (
 from tests.report.test_page import text_of
 
 from fedgraft.federation.history import Spent
-from fedgraft.report.departments import LABELS, PARTS, time_split
+from fedgraft.report.departments import LABELS, PARTS, learning, time_split
 from fedgraft.report.page import render, write_report
 from fedgraft.report.words import size
 from fedgraft.study.result import ALL, NATS, RULE_WORDS, Departments
@@ -176,6 +176,16 @@ def test_privacy_is_spoken_of_where_epsilon_and_delta_are_known_and_nowhere_else
         assert not re.search(r"epsilon|delta|priva|\bDP\b", text_of(one), re.IGNORECASE)
 
 
+def test_departments_that_were_mixed_are_named_round_by_round(run_page: str) -> None:
+    result = example_federation()
+    first, *others = result.history.rounds
+    first = first.model_copy(update={"clusters": (("hr", "it_support"), ("finance",))})
+    history = result.history.model_copy(update={"rounds": (first, *others)})
+    text = text_of(render(result.model_copy(update={"history": history})))
+    assert "FedAvg 1 hr and it support; finance" in text
+    assert "moved towards each other" not in text_of(run_page)
+
+
 def test_traffic_is_what_the_ledger_adds_up_to(page: str, run_page: str) -> None:
     up, down = (
         sum(getattr(c, way) for c in TRAFFIC.values()) for way in ("bytes_up", "bytes_down")
@@ -221,6 +231,19 @@ def test_the_last_adapters_are_told_weighted_and_unweighted_by_the_name_of_the_m
             cells = f"{model} {mean.weighted:.3f} {mean.unweighted:.3f} {mean.num_clients}"
             assert cells in table, (place, model)
             assert mean.weighted != mean.unweighted
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3])
+def test_learning_begins_at_the_graft_and_ends_with_the_last_scores(num_rounds: int) -> None:
+    history = example_history(num_rounds=num_rounds)
+    line = learning(history, "hr")["department"]
+    assert sorted(line) == list(range(num_rounds + 1))
+    assert line[0] == history.rounds[0].means["hr"]["graft"].weighted
+    assert line[num_rounds] == history.final_means["hr"]["department"].weighted
+
+
+def test_fedsa_learns_in_its_clients_alone() -> None:
+    assert set(learning(example_history("fedsa"), "hr")) == {"client"}
 
 
 def test_learning_goes_down_in_the_example_and_in_its_curves() -> None:

@@ -461,6 +461,18 @@ def test_settings_that_contradict_each_other_are_refused(
         load(material, tmp_path / "study.yaml", **changes)
 
 
+def test_privacy_and_mixing_are_checked_for_every_rule_before_anything_runs(
+    material: Path, tmp_path: Path
+) -> None:
+    privacy = {"epsilon": 8.0, "delta": 1e-5, "max_norm": 0.5}
+    federation = {**FEDERATION, "rules": ["fedavg", "flora"], "privacy": privacy}
+    with pytest.raises(StudyError, match=r"with rule flora: .*no bound on what one client changes"):
+        load(material, tmp_path / "study.yaml", federation=federation)
+    wide = {**FEDERATION, "rules": ["fedavg"], "privacy": {**privacy, "delta": 0.3}}
+    with pytest.raises(StudyError, match=r"less than 1 / 4 clients, found 0\.3"):
+        load(material, tmp_path / "study.yaml", federation=wide)
+
+
 def test_an_impossible_optimiser_is_refused(material: Path, tmp_path: Path) -> None:
     federation = {**FEDERATION, "rules": ["fedavg"], "optimiser": {"name": "fedadam"}}
     with pytest.raises(FederationError, match="expected a rate for fedadam"):

@@ -299,3 +299,22 @@ def test_a_model_of_the_hub_that_was_not_fetched_is_not_asked_for(tmp_path: Path
     assert fetched(HUB["base"]) is None
     assert fetched(tmp_path) == tmp_path
     assert fetched("no name of the hub at all") is None
+
+
+def test_a_study_of_departments_pre_trains_the_base_alone_and_counts_every_client_and_round(
+    tmp_path: Path, places: dict[str, Path]
+) -> None:
+    training = {"num_tokens": 256, "learning_rate": 1e-3, "batch_tokens": 128, "rank": 2}
+    federation = {"partition": {"num_clients": 3}, "num_rounds": 4, "training": training}
+    changes = {"adapters": None, "scale": None, "tuning": None}
+    rules = {**federation, "rules": ["fedavg", "ffa"]}
+    pretraining, adapters = plan(
+        small(tmp_path, places, federation=rules, **changes), H100
+    ).trainings
+    assert pretraining.num_runs == 2  # seeds
+    assert adapters.num_runs == (2 + 4) * 2 * 3 * 4 * 2  # arms, departments, clients, rounds, seeds
+    pretraining, adapters = plan(
+        small(tmp_path, places, federation=federation, **changes), H100
+    ).trainings
+    assert pretraining.num_runs == 4
+    assert adapters.num_runs == 2 * 3 * 4 * 2

@@ -9,7 +9,8 @@ import yaml
 from tests.study.small import content, write_material, write_study
 
 from fedgraft.errors import ResidualError, StudyError
-from fedgraft.study.study import Study
+from fedgraft.study.federation import ClientFile, FederationFile
+from fedgraft.study.study import FederationPart, Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 REAL_SIZED = ("llama3_8b", "qwen2_0.5b")
@@ -63,6 +64,23 @@ def test_a_dry_run_still_refuses_a_model_or_a_place_that_is_not_there(tmp_path: 
         Study.load(file, {"place": tmp_path}, dry=True)
     assert "found 2 paths amiss" in str(error.value)
     assert f"place:b: there is nothing at {tmp_path / 'b'}" in str(error.value)
+
+
+def test_every_file_in_the_guide_to_federations_is_understood() -> None:
+    guide = STUDIES[0].parents[1] / "docs" / "federation.md"
+    plan, part, client = re.findall(r"```yaml\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    assert FederationFile.model_validate(yaml.safe_load(plan)).plan.clients[0] == "hr-1"
+    federation = FederationPart.model_validate(yaml.safe_load(part)["federation"])
+    assert len(federation.rules) == 6
+    assert ClientFile.model_validate(yaml.safe_load(client)).name == "hr-1"
+
+
+def test_the_guide_to_federations_names_every_setting() -> None:
+    guide = (STUDIES[0].parents[1] / "docs" / "federation.md").read_text("utf-8")
+    table = guide[guide.index("The rest may be left out") : guide.index("## What happens")]
+    needed = {"name", "question", "model", "departments", "num_rounds", "training"}
+    settings = FederationFile.model_fields.keys() - needed
+    assert {name for name in settings if f"`{name}`" not in table} == set()
 
 
 def test_quickstart_has_one_seed_and_the_others_three() -> None:

@@ -38,6 +38,7 @@ from fedgraft.report.words import (
 from fedgraft.study.result import (
     ALL,
     NATS,
+    PERSONAL,
     RULE_WORDS,
     Departments,
     Federation,
@@ -177,6 +178,7 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         ],
         "refusals": list(_refusals(federations)),
         "kept": list(_kept(federations)),
+        "mixed": list(_mixed(federations)),
         "num_answers": sum(len(done.parts) for one in federations for done in one.history.rounds),
     }
 
@@ -330,12 +332,12 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
     for department in [*names, ALL] if len(names) > 1 else names:
         series = []
         for (rule, shared), found in _kinds(federations).items():
-            lines = [_line(one.history, department) for one in found]
+            lines = [learning(one.history, department) for one in found]
             for model in ("department", "global", "client"):
                 known = [line[model] for line in lines if model in line]
-                if known and (model != "client" or len(federations) == 1 or rule == "fedsa"):
+                if known and (model != "client" or len(federations) == 1 or rule == PERSONAL):
                     label, colour = _label(rule, shared), _colour(rule, shared)
-                    if model == "client" and rule != "fedsa":
+                    if model == "client" and rule != PERSONAL:
                         label, colour = "clients' own", figures.GREY
                     series.append(_band(label, colour, known))
         before = [
@@ -360,20 +362,24 @@ def _curves(federations: Sequence[Together]) -> Iterator[Plot]:
         )
 
 
-def _line(history: History, department: str) -> dict[str, dict[int, float]]:
-    """Adapter -> rounds behind it -> nats per token, weighted by tokens."""
+def learning(history: History, department: str) -> dict[str, dict[int, float]]:
+    """Adapter -> rounds behind it -> nats per token, weighted by tokens; at 0 the graft alone.
+
+    FedSA-LoRA has clients' adapters alone: a department's is made when all is done.
+    """
     found: dict[str, dict[int, float]] = {}
     for done in history.rounds:
         for model, mean in done.means.get(department, {}).items():
             behind = done.number if model == "client" else done.number - 1
             found.setdefault(model, {})[behind] = mean.weighted
-    start = found.pop("graft", {})  # what a fresh adapter begins as
-    for line in found.values():
-        line.update(start)
-    last = len(history.rounds)
     for model, mean in history.final_means.get(department, {}).items():
-        found.setdefault(model, {})[last] = mean.weighted
-    return found
+        found.setdefault(model, {})[len(history.rounds)] = mean.weighted
+    start = found.pop("graft", {})
+    return {
+        model: line | start
+        for model, line in found.items()
+        if model == "client" or history.plan.get("rule") != PERSONAL
+    }
 
 
 def _band(name: str, colour: str, lines: Sequence[Mapping[int, float]]) -> Series:
@@ -558,6 +564,15 @@ def _kept(federations: Sequence[Together]) -> Iterator[tuple[str, int, str, str]
         for done in one.history.rounds:
             for group, why in done.kept.items():
                 yield _name(one, federations), done.number, group, why
+
+
+def _mixed(federations: Sequence[Together]) -> Iterator[tuple[str, int, str]]:
+    """Federation, round, the departments that moved towards each other."""
+    for one in federations:
+        for done in one.history.rounds:
+            clusters = [" and ".join(map(spaced, found)) for found in done.clusters]
+            if clusters:
+                yield _name(one, federations), done.number, "; ".join(clusters)
 
 
 def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, str]]]]:

@@ -29,6 +29,7 @@ from fedgraft.study.result import (
     ALL,
     DEPARTMENT_ARMS,
     NATS,
+    PERSONAL,
     RULE_WORDS,
     Departments,
     Scored,
@@ -44,8 +45,6 @@ from fedgraft.study.together import Federating, holdings, num_tokens, read_score
 from fedgraft.text.corpus import Document
 from fedgraft.training.adapter import train_adapter
 
-PERSONAL = "fedsa"
-"""The rule whose clients keep a part of their adapter, so that theirs are scored."""
 Values = dict[str, dict[int, dict[str, dict[str, float]]]]
 """Arm -> seed -> department -> score -> value."""
 
@@ -141,7 +140,8 @@ class _Departments(Federating):
     def _together(
         self, seed: int, grafted: Path, clients: Clients, arm: str
     ) -> tuple[list[Scored], Together]:
-        changes = {"share": "organisation"} if arm == "global" else {"rule": arm}
+        one_for_all = {"share": "organisation", "mixing": None}
+        changes = one_for_all if arm == "global" else {"rule": arm}
         words = "one for all" if arm == "global" else RULE_WORDS[arm]  # type: ignore[index]
         return self.federate(
             grafted,

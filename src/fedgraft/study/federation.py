@@ -133,8 +133,8 @@ class ClientFile(BaseModel):
 
 def numbered(department: str, num_clients: int) -> tuple[str, ...]:
     """The clients of a department, as the partition `departments` names them."""
-    width = len(str(num_clients))
-    return tuple(f"{department}-{number:0{width}}" for number in range(1, num_clients + 1))
+    stem, width = department.strip("-."), len(str(num_clients))
+    return tuple(f"{stem}-{number:0{width}}" for number in range(1, num_clients + 1))
 
 
 def load_clients(file: FederationFile) -> Clients:

@@ -109,6 +109,8 @@ RULE_WORDS: Mapping[Rule, str] = {
     "flexlora": "FlexLoRA",
     "fedex": "FedEx-LoRA",
 }
+PERSONAL: Rule = "fedsa"
+"""The rule whose clients keep a part of their adapter, so that theirs are scored."""
 DEPARTMENT_ARMS: Mapping[str, str] = {
     "graft": "the graft, without an adapter",
     "clients": "each client's adapter, trained on its own text alone; the mean over clients",

@@ -290,7 +290,8 @@ class Study(_Part):
             raise ValueError(
                 "scale.grid: a study of departments searches for no scale; name one alone"
             )
-        somebody = {department: [f"{department}-1"] for department in self.departments}
+        numbers = range(federation.partition.num_clients)
+        somebody = {name: [f"{name}-{number}" for number in numbers] for name in self.departments}
         for rule in dict.fromkeys((federation.rule, *federation.rules)):
             try:
                 federation.plan(self.name, somebody, rule=rule, sizes={})
