@@ -324,59 +324,63 @@ NOISE: dict[str, tuple[Node, str, int]] = {
     "a message that ran out": (crashed(ErrorCode.MESSAGE_UNAVAILABLE), "late", 0),
     "a reply to another question": (other_id, "late", 1),
     "another node's reply": (other_sender, "late", 1),
-    "no records": (spoiled(lambda content: content.__dict__["_data"].clear()), "failed", 0),
+    "no records": (spoiled(lambda content: content.__dict__["_data"].clear()), "unreadable", 0),
     "one record too many": (
         spoiled(lambda c: c.__setitem__("more", MetricRecord({"a": 1}))),
-        "failed",
+        "unreadable",
         0,
     ),
     "a record of another type": (
         spoiled(lambda c: c.__setitem__("arrays", ConfigRecord({"a": b"code"}))),
-        "failed",
+        "unreadable",
         0,
     ),
-    "another field": (put("about", "path", "/etc"), "failed", 0),
-    "another client": (put("about", "client", "finance-1"), "failed", 0),
-    "another round": (put("about", "round", 2), "failed", 0),
-    "a round that only looks equal": (put("about", "round", 3.0), "failed", 0),
-    "another kind": (put("about", "kind", "scores"), "failed", 0),
-    "another nonce": (put("about", "nonce", "0" * 32), "failed", 0),
-    "a fault that is none": (put("about", "fault", "Mara lives in Lisbon"), "failed", 0),
-    "a list of figures": (put("scalars", "loss", [1.0, 2.0]), "failed", 0),
-    "a figure named as a tensor": (put("scalars", A, 1.0), "failed", 0),
-    "a pickle": (put("arrays", "float32", pickled()), "failed", 0),
-    "an archive": (put("arrays", "float32", zipped()), "failed", 0),
-    "more numbers than memory": (put("arrays", "float32", huge()), "failed", 0),
+    "another field": (put("about", "path", "/etc"), "unreadable", 0),
+    "another client": (put("about", "client", "finance-1"), "unreadable", 0),
+    "another round": (put("about", "round", 2), "unreadable", 0),
+    "a round that only looks equal": (put("about", "round", 3.0), "unreadable", 0),
+    "another kind": (put("about", "kind", "scores"), "unreadable", 0),
+    "another nonce": (put("about", "nonce", "0" * 32), "unreadable", 0),
+    "a fault that is none": (put("about", "fault", "Mara lives in Lisbon"), "unreadable", 0),
+    "a list of figures": (put("scalars", "loss", [1.0, 2.0]), "unreadable", 0),
+    "a figure named as a tensor": (put("scalars", A, 1.0), "unreadable", 0),
+    "a pickle": (put("arrays", "float32", pickled()), "unreadable", 0),
+    "an archive": (put("arrays", "float32", zipped()), "unreadable", 0),
+    "more numbers than memory": (put("arrays", "float32", huge()), "unreadable", 0),
     "noise as an array": (
         put("arrays", "float32", Array("float32", (1,), "numpy.ndarray", b"?")),
-        "failed",
+        "unreadable",
         0,
     ),
     "another format": (
         put("arrays", "float32", Array("float32", (1,), "torch", b"?")),
-        "failed",
+        "unreadable",
         0,
     ),
-    "numbers of another type": (put("arrays", "float32", Array(np.ones(10))), "failed", 0),
-    "a type that is none of ours": (put("arrays", "float64", Array(np.ones(3))), "failed", 0),
-    "letters": (put("arrays", "<U4", Array(np.array(["Mara"]))), "failed", 0),
-    "another byte order": (put("arrays", "float32", Array(np.ones(10, ">f4"))), "failed", 0),
+    "numbers of another type": (put("arrays", "float32", Array(np.ones(10))), "unreadable", 0),
+    "a type that is none of ours": (put("arrays", "float64", Array(np.ones(3))), "unreadable", 0),
+    "letters": (put("arrays", "<U4", Array(np.array(["Mara"]))), "unreadable", 0),
+    "another byte order": (put("arrays", "float32", Array(np.ones(10, ">f4"))), "unreadable", 0),
     "numbers in rows": (
         put("arrays", "float32", Array(np.ones((2, 5), np.float32))),
-        "failed",
+        "unreadable",
         0,
     ),
-    "a number too few": (put("arrays", "float32", Array(np.ones(9, np.float32))), "failed", 0),
-    "a number too many": (put("arrays", "float32", Array(np.ones(11, np.float32))), "failed", 0),
-    "numbers of no tensor": (put("arrays", "int64", Array(np.ones(1, np.int64))), "failed", 0),
-    "a tensor without numbers": (put("tensors", "more", "int64[2]"), "failed", 0),
-    "a shape that is none": (put("tensors", A, "float32[-2,-5]"), "failed", 0),
+    "a number too few": (put("arrays", "float32", Array(np.ones(9, np.float32))), "unreadable", 0),
+    "a number too many": (
+        put("arrays", "float32", Array(np.ones(11, np.float32))),
+        "unreadable",
+        0,
+    ),
+    "numbers of no tensor": (put("arrays", "int64", Array(np.ones(1, np.int64))), "unreadable", 0),
+    "a tensor without numbers": (put("tensors", "more", "int64[2]"), "unreadable", 0),
+    "a shape that is none": (put("tensors", A, "float32[-2,-5]"), "unreadable", 0),
     "a shape beyond all bounds": (
         put("tensors", A, f"float32[{'9' * 12},{'9' * 12}]"),
-        "failed",
+        "unreadable",
         0,
     ),
-    "a shape as a number": (put("tensors", A, 10), "failed", 0),
+    "a shape as a number": (put("tensors", A, 10), "unreadable", 0),
 }
 
 
@@ -397,7 +401,7 @@ def test_a_message_that_flower_itself_cannot_read_is_a_fault_of_its_own() -> Non
             return super().pull_messages(message_ids)
 
     answers, _ = asked(Broken(dict.fromkeys(NAMES, honest)))
-    assert faults(answers) == {"hr-1": "failed"}
+    assert faults(answers) == {"hr-1": "unreadable"}
 
 
 def test_a_second_reply_is_dropped_and_the_first_one_counts() -> None:
@@ -416,7 +420,7 @@ def test_an_old_answer_does_not_count_again() -> None:
 
     grid = grid_of(hr_1=replaying)
     assert faults(asked(grid)[0]) == {}
-    assert faults(asked(grid)[0]) == {"hr-1": "failed"}
+    assert faults(asked(grid)[0]) == {"hr-1": "unreadable"}
 
 
 def test_a_late_reply_of_the_last_exchange_is_not_seen_in_the_next() -> None:

@@ -207,7 +207,7 @@ class FlowerExchange:
                 asked.client,
                 _short(error),
             )
-            answer = answer or _faulty(asked.client, asked.question, "failed")
+            answer = answer or _faulty(asked.client, asked.question, "unreadable")
         return answer and replace(answer, bytes_down=asked.bytes_down)
 
 

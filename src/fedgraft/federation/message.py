@@ -32,7 +32,15 @@ Wire = Literal["float32", "float16"]
 Value = NDArray[Any] | int | float
 
 Fault = Literal[
-    "other model", "other tokenizer", "no data", "diverged", "refused", "failed", "late", "lost"
+    "other model",
+    "other tokenizer",
+    "no data",
+    "diverged",
+    "refused",
+    "failed",
+    "unreadable",
+    "late",
+    "lost",
 ]
 FAULTS: Mapping[Fault, str] = {
     "other model": "it has another model than the federation; give it the same checkpoint",
@@ -41,6 +49,7 @@ FAULTS: Mapping[Fault, str] = {
     "diverged": "its training diverged; lower the learning rate",
     "refused": "it would not answer what was asked; its log says why",
     "failed": "it broke off; its log says why",
+    "unreadable": "its answer cannot be read; use one version of fedgraft everywhere",
     "late": "no answer came in time; raise the time-out, or look whether it is alive",
     "lost": "the connection to it was lost; look whether it is alive",
 }
