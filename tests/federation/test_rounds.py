@@ -582,6 +582,15 @@ def test_clients_of_one_name_are_refused(model: Path, tmp_path: Path) -> None:
         InProcess(twice)
 
 
+def test_a_claim_of_more_examples_than_the_plan_allows_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    history = run(model, tmp_path, plan(num_rounds=1, max_examples=12))
+    refused = {part.client: part.refused for part in history.rounds[0].parts if part.refused}
+    assert refused.keys() == {"hr-2"}
+    assert "from 1 to 12, found 13" in str(refused["hr-2"])
+
+
 def test_a_spoiled_answer_is_refused_by_name_and_the_round_goes_on(
     model: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ Each client scores on its own held-out text. A model's mean over clients is give
 tokens scored) and unweighted (each client alike).
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -90,6 +91,11 @@ class Spent(_Record):
     max_norm: float
     words: str
     """What is protected from whom, in plain words."""
+
+    @property
+    def rounded_up(self) -> str:
+        """Epsilon for people: never less than it is."""
+        return f"{math.ceil(self.epsilon * 1000) / 1000:.10g}"
 
 
 class History(_Record):

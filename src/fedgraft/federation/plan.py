@@ -11,7 +11,7 @@ from fedgraft.federation.hierarchy import Mixing
 from fedgraft.federation.message import Wire
 from fedgraft.federation.optimiser import Optimiser
 from fedgraft.federation.privacy import Privacy
-from fedgraft.federation.update import BOTH, Factor, Size
+from fedgraft.federation.update import BOTH, MOST_EXAMPLES, Factor, Size
 from fedgraft.training.settings import AdapterSettings, Lora
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
@@ -60,6 +60,8 @@ class Settings(BaseModel):
     """How numbers travel."""
     max_norm: float = Field(default=1e3, gt=0)
     """Euclidean norm that no tensor of an update may be above."""
+    max_examples: int = Field(default=MOST_EXAMPLES, gt=0)
+    """More examples than any client has: a claim is a weight, so one above it is refused."""
     row_length: int = Field(default=256, ge=16)
     window: int = Field(default=256, ge=16)
     """Tokens that held-out text is scored in."""

@@ -413,6 +413,7 @@ class _Run:
             layers=self.layers,
             sizes=[self.plan.size_of(update.client)],
             max_norm=self.plan.max_norm,
+            max_examples=self.plan.max_examples,
             sent=sent,
         )
         try:

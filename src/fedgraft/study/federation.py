@@ -252,6 +252,6 @@ def verdict(history: History) -> str:
     if history.privacy:
         spent = history.privacy
         sentences.append(
-            f"All rounds together spent epsilon {spent.epsilon:.3g} at delta {spent.delta:g}."
+            f"All rounds together spent epsilon {spent.rounded_up} at delta {spent.delta:g}."
         )
     return " ".join(sentences)
