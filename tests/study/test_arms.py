@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,14 +281,17 @@ run(Study.load(file, {"place": place}), out, say=lambda line: print(line, flush=
 """
 
 
-def kill_at(file: Path, ran: Ran, out: Path, title: str, seconds: float) -> None:
-    """Run a study in a process of its own and kill it so long after the stage was announced."""
+def kill_at(file: Path, ran: Ran, out: Path, title: str, begun: str) -> None:
+    """Run a study in a process of its own and kill it when a stage that was announced has begun:
+    when something below `out` matches."""
     command = [sys.executable, "-c", RUNNER, str(file), str(ran.material), str(out), code_hash()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
             if line.strip() == title:
-                threading.Timer(seconds, process.kill).start()
+                while process.poll() is None and not any(out.glob(begun)):
+                    time.sleep(0.001)
+                process.kill()
     assert process.returncode == -signal.SIGKILL, f"ended before {title}"
 
 
@@ -296,10 +299,10 @@ def test_killed_and_resumed_equals_never_killed(ran: Ran, tmp_path: Path) -> Non
     """kill -9 in training and in the search; each run goes on from the last finished stage."""
     out = tmp_path / "out"
     file = write_study(tmp_path / "study.yaml")
-    kill_at(file, ran, out, "seed 1: pre-train pretrained_base", 0.15)
+    kill_at(file, ran, out, "seed 1: pre-train pretrained_base", "seed-1/pretrained_base/.*")
     assert (out / "seed-1" / "s1" / RECORD).exists()
     assert not (out / "seed-1" / "pretrained_base" / RECORD).exists()
-    kill_at(file, ran, out, "seed 2: choose the scale", 0.02)
+    kill_at(file, ran, out, "seed 2: choose the scale", "seed-2/scale")
     resumed = run_small(ran.material, out)
     assert resumed.stages_done[0] == "seed 2: choose the scale"
     assert without_times(resumed.result) == without_times(ran.result)
