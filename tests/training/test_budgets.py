@@ -177,6 +177,15 @@ def test_low_rank_factors_are_not_shared_out(checkpoint: Path, rows: Rows, tmp_p
         continue_pretraining(checkpoint, rows, tmp_path / "out", given(lora=Lora()), sharded=True)
 
 
+def test_a_run_of_one_step_learns_something(rows: Rows, tmp_path: Path) -> None:
+    settings = given(num_tokens=200, budgets=(), schedule="cosine", warmup=0.05)
+    model = tiny_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    outcome = train(model, rows, settings, tmp_path, label="test")
+    assert outcome.num_steps == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_warm_up_stable_decay_rises_stays_and_falls(rows: Rows, tmp_path: Path) -> None:
     settings = given(schedule="wsd", warmup=0.25, decay=0.25, final_learning_rate=0.1)
     outcome = train(tiny_model(), rows, settings, tmp_path, label="test")

@@ -180,7 +180,8 @@ def _arguments(
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=settings.max_gradient_norm,
-        warmup_steps=math.ceil(settings.warmup * num_steps),
+        # the first of them has a rate of zero, so a run of one step must have none
+        warmup_steps=min(math.ceil(settings.warmup * num_steps), num_steps - 1),
         **_schedule(settings, num_steps),
         optim="adamw_torch_fused",
         bf16=precision == "bfloat16",
