@@ -59,20 +59,18 @@ Residuals.apply_to_pretrained(model=target, residuals=residual, out_dir=out, dty
 BARE = """
 import os, sys
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-import numpy as np
-from fedgraft.weights import checkpoint, residual, writer
+from fedgraft.weights import checkpoint, writer
 hashed = checkpoint.blake3
 class Unhashed:
     def update(self, _): pass
     def digest(self): return bytes(32)
 def bare(data=None): return Unhashed() if data is None else hashed(data)
 checkpoint.blake3 = writer.blake3 = bare
-residual.lost = lambda *_: np.empty(0, np.int64)
 from fedgraft.cli.main import app
 sys.argv = ["fedgraft", *sys.argv[1:]]
 app(prog_name="fedgraft")
 """
-"""The command line without the hashes of numbers and without the count of what is not restored."""
+"""The command line without the hashes of numbers."""
 MERGEKIT = """\
 merge_method: {method}
 base_model: {base}
@@ -156,7 +154,7 @@ def extract(material: Material) -> Comparison:
                 Way(f"fedgraft, {form}", _extract(*family, form))
                 for form in ("bfloat16", "auto", "packed")
             ),
-            Way("fedgraft, bfloat16, no hashes, no count", _bare(*family, "bfloat16")),
+            Way("fedgraft, bfloat16, no hashes", _bare(*family, "bfloat16")),
             *_extract_elsewhere(family, "bfloat16"),
         ],
     )

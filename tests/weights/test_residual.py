@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tests.weights.checkpoints import DTYPES, Tensors, nudged, random_tensors, save
@@ -20,17 +20,7 @@ from tests.weights.checkpoints import DTYPES, Tensors, nudged, random_tensors, s
 from fedgraft.errors import ArtefactError, CheckpointError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
 from fedgraft.weights import residual as residual_module
-from fedgraft.weights.arithmetic import (
-    BFLOAT16,
-    all_finite,
-    far_apart,
-    lost,
-    modest,
-    narrow,
-    narrow_exact,
-    widen,
-)
-from fedgraft.weights.checkpoint import Array, Checkpoint, TensorFiles
+from fedgraft.weights.checkpoint import Checkpoint, TensorFiles
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import CARRYING, Residual, extract, verify
@@ -197,15 +187,6 @@ def test_nan_and_infinity_are_refused_by_tensor_name(
     ):
         extract(parents, tmp_path / "residual")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["base", "instruct"]
-
-
-@given(
-    words=st.lists(st.integers(0, 2**16 - 1), max_size=6), dtype=st.sampled_from(["BF16", "F16"])
-)
-def test_all_finite_tells_by_the_bits_what_numpy_tells(words: list[int], dtype: str) -> None:
-    numbers: Array = np.array(words, np.uint16).view(DTYPES[dtype])
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        assert all_finite(numbers) == bool(np.isfinite(numbers).all())
 
 
 def test_numbers_whose_squares_overflow_are_finite(tmp_path: Path) -> None:
@@ -413,76 +394,3 @@ def test_verification_compares_hashes_and_adds_up(tmp_path: Path) -> None:
         ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"
     ):
         verify(rounded, Family.open(small, small))
-
-
-NUMBERS = st.integers(0, 2**32 - 1).filter(lambda word: word & 0x7F800000 != 0x7F800000)
-
-
-@given(
-    words=st.lists(NUMBERS, min_size=1, max_size=8),
-    steps=st.lists(st.sampled_from([0, 1, -1, 0x7FFF, 0x8000, -0x8000, 0x8001, 1 << 31])),
-    dtype=st.sampled_from(sorted(DTYPES)),
-)
-def test_what_is_lost_is_what_does_not_round_to_the_number(
-    words: list[int], steps: list[int], dtype: str
-) -> None:
-    with np.errstate(over="ignore"):
-        exact = np.array(words, np.uint32).view(np.float32).astype(DTYPES[dtype])
-    exact = np.where(np.isfinite(exact), exact, np.zeros_like(exact))
-    wanted = exact.astype(np.float32)
-    moved = np.resize(np.array(steps or [0], np.int64), wanted.size)
-    restored = ((wanted.view(np.uint32).astype(np.int64) + moved) % 2**32).astype(np.uint32)
-    restored = np.where(restored & 0x7F800000 == 0x7F800000, wanted.view(np.uint32), restored)
-    numbers = restored.view(np.float32)
-    with np.errstate(over="ignore"):
-        rounded = numbers.astype(DTYPES[dtype])
-        wrong = np.flatnonzero(
-            rounded.view(f"u{exact.itemsize}") != exact.view(f"u{exact.itemsize}")
-        )
-        assert lost(numbers.copy(), wanted, exact).tolist() == wrong.tolist()
-
-
-PATTERNS = st.integers(0, 2**16 - 1).filter(lambda bits: bits & 0x7F80 != 0x7F80)
-
-
-@given(
-    bits=st.lists(PATTERNS, min_size=1, max_size=40),
-    steps=st.lists(
-        st.integers(-300, 300)
-        | st.sampled_from([127, -127, 128, -128, 1 << 15])
-        | st.integers(-(2**15), 2**15),
-        min_size=1,
-    ),
-)
-@example(bits=[0x8000], steps=[0])
-@example(bits=[0, 1, 0x80, 0xFF], steps=[127])
-def test_the_difference_of_two_near_bfloat16_numbers_is_one_and_restores_them(
-    bits: list[int], steps: list[int]
-) -> None:
-    patterns = np.array(bits, np.int64)
-    moved = (patterns + np.resize(np.array(steps, np.int64), patterns.size)) % 2**16
-    moved = np.where(moved & 0x7F80 == 0x7F80, patterns, moved)
-    old, new = (p.astype(np.uint16).view(BFLOAT16) for p in (patterns, moved))
-    wide = np.empty((2, old.size), np.float32)
-    before, after = widen(old, wide[0]), widen(new, wide[1])
-    with np.errstate(over="ignore"):
-        residual = after - before
-    far = far_apart(old, new, np.empty_like(old))
-    finite = np.isfinite(residual)
-    with np.errstate(over="ignore"):
-        rounded = narrow(residual, np.empty_like(old))
-        cut = narrow_exact(residual, np.empty_like(old), far)
-    assert np.array_equal(cut.view(np.uint16)[finite], rounded.view(np.uint16)[finite])
-    near = np.setdiff1d(np.arange(old.size), far)
-    assert np.array_equal(cut[near].astype(np.float32), residual[near])
-    restored = (before[near] + residual[near]).astype(BFLOAT16)
-    assert np.array_equal(restored.view(np.uint16), new[near].view(np.uint16))
-
-
-@given(words=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8))
-def test_modest_numbers_are_finite_in_every_dtype(words: list[int]) -> None:
-    numbers = np.array(words, np.uint32).view(np.float32)
-    with np.errstate(all="ignore"):
-        if modest(numbers):
-            for dtype in ("F16", "BF16", "F32"):
-                assert np.isfinite(numbers.astype(DTYPES[dtype]).astype(np.float32)).all()

@@ -184,12 +184,12 @@ def test_kill_9_of_the_parent_leaves_no_worker_and_no_output(tmp_path: Path) -> 
     process = python(
         """
         from fedgraft.weights import residual
-        lost = residual.lost
+        subtract = residual.subtract
         def slow(*arguments):
             os.write(1, b"%d\\n" % os.getpid())
             time.sleep(0.2)
-            return lost(*arguments)
-        residual.lost = slow
+            return subtract(*arguments)
+        residual.subtract = slow
         residual.extract(residual.Family.open("base", "instruct"), Path("residual"))
         """,
         tmp_path,

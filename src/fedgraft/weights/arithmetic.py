@@ -1,11 +1,14 @@
 """float32 arithmetic on blocks that stay in a core's cache.
 
-Every function works in buffers that the caller keeps: fresh memory for each block costs more than
-the arithmetic. Overflow and NaN are looked for in the results, not told by warnings: `each_tensor`
-turns those off.
+Overflow and NaN are looked for in the results, not told by warnings: `each_tensor` turns those off.
+
+bfloat16, in which models come, has compiled loops (loops.c): one pass over a block, where
+numpy takes one for each operation. All else is left to numpy.
 """
 
+import ctypes
 import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,20 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.errors import NonFiniteError
+from fedgraft.errors import ArtefactError, NonFiniteError
 from fedgraft.weights.checkpoint import DTYPES, Array
 
 Floats = NDArray[np.float32]
+Places = NDArray[np.int64]
 BFLOAT16 = DTYPES["BF16"]
-HALF_STEP = 0x7FFF
-"""The most by which a float32's bits may differ from a bfloat16's and surely round to it."""
-NEGATIVE_ZERO = -(1 << 15)
-"""Its bits in bfloat16, read as a signed integer."""
-MODEST_NORM = 65504.0**2
-"""A sum of squares below which no number is larger than float16's largest."""
-NEAR = 127
-"""Two bfloat16 numbers of one sign at most so many steps apart differ by fewer than 2^8 of the
-smaller one's steps, which bfloat16 holds exactly: they are at most one power of two apart."""
 
 
 def widen(block: Array, buffer: Floats) -> Floats:
@@ -43,29 +38,76 @@ def narrow(numbers: Floats, buffer: Array) -> Array:
     return small
 
 
-def far_apart(old: Array, new: Array, buffer: Array) -> NDArray[np.int64]:
-    """Return where `old` + bfloat16's `new - old` may not be `new`; all are bfloat16, and finite.
+@dataclass(frozen=True, slots=True)
+class Subtracted:
+    """A block of instruct - base, and what was seen on the way."""
 
-    Told by their bits, which for one sign count the steps between them: a model's numbers and what
-    tuning made of them are mostly a few steps apart. A sum is never -0, so that counts as far.
-    """
-    steps = buffer.view(np.int16)[: old.size]
-    np.subtract(new.view(np.int16), old.view(np.int16), out=steps)
-    far = np.add(steps, NEAR, out=steps).view(np.uint16) > 2 * NEAR
-    if np.minimum.reduce(new.view(np.int16), initial=0) == NEGATIVE_ZERO:
-        far |= new.view(np.int16) == NEGATIVE_ZERO
-    return np.flatnonzero(far)
+    block: Array
+    """As it is stored."""
+    lost: Places
+    """Where base + block is not the instruct side's number."""
+    squared_base: float
+    squared_residual: float
+    """Sums of squares, the residual's before it was rounded; not finite where a number is not, or
+    is so large that its square is not."""
 
 
-def narrow_exact(numbers: Floats, buffer: Array, doubtful: NDArray[np.int64]) -> Array:
-    """Return numbers in bfloat16 that it holds exactly, but for `doubtful` ones: those are rounded.
+def subtract(old: Array, new: Array, buffer: Array) -> Subtracted:
+    """Return new - old in the buffer, rounded to its dtype (bfloat16 or float32)."""
+    block = buffer[: old.size]
+    if old.dtype == new.dtype == BFLOAT16:
+        loop = "subtract_to_bfloat16" if block.dtype == BFLOAT16 else "subtract_to_float32"
+        places, sums = np.empty(old.size, np.int64), np.empty(2)
+        num_lost = _call(loop, old, new, block, places, sums)
+        return Subtracted(block, places[:num_lost].copy(), *sums.tolist())
+    before = old.astype(np.float32)
+    residual = np.subtract(new, before, dtype=np.float32)
+    np.copyto(block, residual, casting="unsafe")
+    squares = (float(np.dot(numbers, numbers)) for numbers in (before, residual))
+    return Subtracted(block, lost(old, block, new), *squares)
 
-    What it holds is the upper half of the bits: a third of the time that rounding takes.
-    """
-    small = buffer[: numbers.size]
-    np.right_shift(numbers.view(np.uint32), 16, out=small.view(np.uint16), casting="unsafe")
-    small[doubtful] = numbers[doubtful].astype(BFLOAT16)
-    return small
+
+def lost(old: Array, residual: Array, new: Array) -> Places:
+    """Return where old + residual, rounded to the dtype of `new`, is not `new`, bit for bit."""
+    wide = residual.astype(np.float32, copy=False)
+    if old.dtype == new.dtype == BFLOAT16:
+        places = np.empty(old.size, np.int64)
+        return places[: _call("find_lost", old, wide, new, places)].copy()
+    restored = np.add(old, wide, dtype=np.float32).astype(new.dtype, copy=False)
+    bits = f"u{new.itemsize}"
+    return np.flatnonzero(restored.view(bits) != new.view(bits))
+
+
+def add(old: Array, added: Floats, buffer: Array) -> tuple[Array, bool]:
+    """Return old + added in the buffer, rounded once to its dtype, and whether all is finite."""
+    block = buffer[: old.size]
+    if old.dtype == block.dtype == BFLOAT16:
+        return block, bool(_call("add_to_bfloat16", old, added, block))
+    np.copyto(block, np.add(old, added, dtype=np.float32), casting="unsafe")
+    return block, all_finite(block)
+
+
+def _call(loop: str, *blocks: Array) -> int:
+    """Call a loop on contiguous blocks, as long as the first of them."""
+    assert all(block.flags.c_contiguous for block in blocks)
+    places = (ctypes.c_void_p(block.ctypes.data) for block in blocks)
+    return int(getattr(_loops(), loop)(*places, ctypes.c_size_t(blocks[0].size)))
+
+
+@cache
+def _loops() -> ctypes.CDLL:
+    """The compiled loops. Raises ArtefactError where they were never compiled."""
+    file = Path(__file__).with_name("loops.so")
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise ArtefactError(
+            f"{file}: expected the loops that are compiled when fedgraft is installed, found "
+            f"{error}; run `pip install --editable .` in the source tree, or install it again"
+        ) from error
+    for name in ("subtract_to_bfloat16", "subtract_to_float32", "find_lost", "add_to_bfloat16"):
+        getattr(library, name).restype = ctypes.c_size_t
+    return library
 
 
 def squared_norm(numbers: Floats, name: str, path: Path) -> float:
@@ -86,11 +128,6 @@ def refuse_non_finite(numbers: Array, name: str, path: Path) -> None:
         )
 
 
-def modest(numbers: Floats) -> bool:
-    """Whether a block is so small that it surely stays finite in any dtype (four times as fast)."""
-    return bool(np.dot(numbers, numbers) < MODEST_NORM)
-
-
 def all_finite(numbers: Array) -> bool:
     """Whether a block holds neither NaN nor infinity, told by its bits (ten times as fast).
 
@@ -109,26 +146,3 @@ def _infinities(dtype: np.dtype[Any]) -> tuple[str, str, int, int]:
     """How a dtype's bits are read as integers, signed and unsigned, and what the infinities are."""
     bits = np.array([np.inf, -np.inf]).astype(dtype).view(f"u{dtype.itemsize}")
     return f"i{dtype.itemsize}", f"u{dtype.itemsize}", int(bits[0]), int(bits[1])
-
-
-def lost(restored: Floats, wanted: Floats, exact: Array) -> NDArray[np.int64]:
-    """Return where `restored` does not round to `exact`, bit for bit; `wanted` is `exact`, wide.
-
-    `restored` is used up. Read as integers, two floats of one sign are as far apart as there are
-    floats between them; what lies within half a step of a bfloat16 number rounds to it.
-    """
-    if exact.dtype == BFLOAT16:
-        distance = restored.view(np.int32)
-        np.subtract(distance, wanted.view(np.int32), out=distance)
-        within = np.add(distance, HALF_STEP, out=distance).view(np.uint32) <= 2 * HALF_STEP
-        doubtful = np.flatnonzero(~within)
-        bits = distance[doubtful] - np.int32(HALF_STEP) + wanted.view(np.int32)[doubtful]
-        numbers = bits.view(np.float32)
-    else:
-        doubtful = np.flatnonzero(restored.view(np.uint32) != wanted.view(np.uint32))
-        numbers = restored[doubtful]
-    if not doubtful.size:
-        return doubtful
-    as_bits = f"u{exact.itemsize}"
-    rounded = numbers.astype(exact.dtype).view(as_bits)
-    return np.compress(rounded != exact[doubtful].view(as_bits), doubtful)

@@ -21,11 +21,9 @@ from fedgraft.errors import ArtefactError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record, new_artefact
 from fedgraft.weights.arithmetic import (
     Floats,
+    add,
     all_finite,
-    modest,
-    narrow,
     refuse_non_finite,
-    widen,
 )
 from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
@@ -131,16 +129,15 @@ def graft(
     def blocks(name: str) -> Iterator[Array]:
         dtype, shape = layout[name]
         size = min(BLOCK_ELEMENTS, math.prod(shape))
-        total, small = np.empty(size, np.float32), np.empty(size, DTYPES[dtype])
+        small = np.empty(size, DTYPES[dtype])
         exact = alone and factors.of(name) * scales[0] == 1.0
         exceptions = addends[0].exceptions.get(name) if exact else None
         first = 0
         for old, added in pairs(name):
-            summed = np.add(widen(old, total), added, out=total[: old.size])
-            grafted = narrow(summed, small)
+            grafted, finite = add(old, added, small)
             if exceptions:
                 exceptions.restore(grafted, old, first)
-            if not modest(summed) and not all_finite(grafted):
+            if not finite and not all_finite(grafted):
                 for source in (checkpoint, *(s for addend in addends for s in addend.sources)):
                     for block in source.blocks(name):
                         refuse_non_finite(block, name, source.path)

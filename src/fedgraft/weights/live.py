@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedgraft.errors import CheckpointError, NonFiniteError, ResidualError
 from fedgraft.provenance import Record
-from fedgraft.weights.arithmetic import all_finite, narrow, refuse_non_finite, widen
+from fedgraft.weights.arithmetic import add, all_finite, narrow, refuse_non_finite, widen
 from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
     DTYPES,
@@ -179,11 +179,11 @@ class Applied:
         exceptions = self.residual.exceptions.get(name) if self.scale == 1.0 else None
         for old, added in zip(self.live.blocks(name), self._addends(name), strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
-                new = narrow(np.add(widen(old, total), added, out=total[: old.size]), small)
+                new, finite = add(old, added, small)
                 if exceptions:
                     exceptions.restore(new, old, first)
                 again = narrow(np.subtract(widen(new, total), added, out=total[: old.size]), back)
-            if not all_finite(new):
+            if not finite and not all_finite(new):
                 refuse_non_finite(old, name, self.live.path)
                 refuse_non_finite(added, name, self.residual.path)
                 raise NonFiniteError(

@@ -25,13 +25,9 @@ from fedgraft.errors import ResidualError
 from fedgraft.provenance import Record, hash_json, new_artefact
 from fedgraft.weights.arithmetic import (
     BFLOAT16,
-    Floats,
-    far_apart,
     lost,
-    narrow,
-    narrow_exact,
     squared_norm,
-    widen,
+    subtract,
 )
 from fedgraft.weights.checkpoint import (
     BLOCK_ELEMENTS,
@@ -197,33 +193,6 @@ class Residual(TensorFiles):
 PARENTS = ("base", "instruct")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A block of a difference: both sides as stored and in float32, and instruct - base."""
-
-    old: Array
-    new: Array
-    before: Floats
-    after: Floats
-    residual: Floats
-
-    def stored(self, buffer: Array) -> tuple[Array, Rows]:
-        """Return the residual in the buffer's dtype, and where it does not restore `new`.
-
-        Where both sides are bfloat16, nearly all numbers are known to be restored by comparing
-        bits, and are looked at no further.
-        """
-        plain = buffer.dtype == np.float32
-        if self.old.dtype == self.new.dtype == BFLOAT16:
-            at = far_apart(self.old, self.new, buffer)
-            block = self.residual if plain else narrow_exact(self.residual, buffer, at)
-            restored = self.before[at] + block[at].astype(np.float32)
-            return block, at[lost(restored, self.after[at], self.new[at])]
-        block = self.residual if plain else narrow(self.residual, buffer)
-        restored = np.add(self.before, block, dtype=np.float32)
-        return block, lost(restored, self.after, self.new)
-
-
 class Difference:
     """The residual of a family, computed as it is read; otherwise like a Residual."""
 
@@ -260,21 +229,18 @@ class Difference:
 
     def blocks(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
         """Yield instruct - base in float32, flat, in order; valid until the next is asked for."""
-        for step in self.steps(name, num_elements):
-            yield step.residual
+        buffer = np.empty(min(num_elements, self.tensors[name].num_elements), np.float32)
+        for old, new in self.pairs(name, num_elements):
+            yield np.subtract(new, old, out=buffer[: old.size], dtype=np.float32)
 
-    def steps(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[Step]:
+    def pairs(self, name: str, num_elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[Array, Array]]:
+        """Yield blocks of the base, in the order of the instruct side's tokens, and of that."""
         base, instruct, rows = self.family.base, self.family.instruct, self.family.base_rows
         straight = not has_rows(name) or np.array_equal(
             rows, np.arange(base.tensors[name].shape[0])
         )
         olds = base.blocks(name, num_elements) if straight else base.rows(name, rows, num_elements)
-        size = min(num_elements, instruct.tensors[name].num_elements)
-        wide, residual = np.empty((2, size), np.float32), np.empty(size, np.float32)
-        for old, new in zip(olds, instruct.blocks(name, num_elements), strict=True):
-            before, after = widen(old, wide[0]), widen(new, wide[1])
-            np.subtract(after, before, out=residual[: old.size])
-            yield Step(old, new, before, after, residual[: old.size])
+        return zip(olds, instruct.blocks(name, num_elements), strict=True)
 
 
 @dataclass(slots=True)
@@ -307,16 +273,24 @@ def extract(
         """The difference as it is stored; what it restores is measured as it passes."""
         figures, first = seen[name], 0
         small = np.empty(min(num_elements, difference.tensors[name].num_elements), DTYPES[dtype])
-        for step in difference.steps(name, num_elements):
-            figures.squared_base += squared_norm(step.before, name, base.path)
-            figures.squared_residual += squared_norm(step.residual, name, instruct.path)
-            block, amiss = step.stored(small)
-            figures.num_not_restored += amiss.size
-            if amiss.size and form in CARRYING:
-                carried = Exceptions(first + amiss, step.old[amiss], step.new[amiss])
+        for old, new in difference.pairs(name, num_elements):
+            found = subtract(old, new, small)
+            squares = found.squared_base, found.squared_residual
+            if not all(map(math.isfinite, squares)):  # NaN, infinity, or large numbers
+                before = old.astype(np.float32)
+                residual = np.subtract(new, before, dtype=np.float32)
+                squares = (
+                    squared_norm(before, name, base.path),
+                    squared_norm(residual, name, instruct.path),
+                )
+            figures.squared_base += squares[0]
+            figures.squared_residual += squares[1]
+            figures.num_not_restored += found.lost.size
+            if found.lost.size and form in CARRYING:
+                carried = Exceptions(first + found.lost, old[found.lost], new[found.lost])
                 figures.exceptions.append(carried)
-            first += block.size
-            yield block
+            first += found.block.size
+            yield found.block
 
     def packed(name: str) -> Parts:
         return packed_parts(difference.tensors[name].shape, stored(name, "F32", FRAME))
@@ -388,10 +362,9 @@ def verify(residual: Residual, family: Family) -> Verification:
 
     def check(name: str) -> int:
         exceptions, first, num_lost = residual.exceptions.get(name), 0, 0
-        wide = np.empty(min(BLOCK_ELEMENTS, residual.tensors[name].num_elements), np.float32)
-        for step, block in zip(Difference(family).steps(name), residual.blocks(name), strict=True):
-            restored = np.add(step.before, widen(block, wide), out=step.before)
-            amiss = first + lost(restored, step.after, step.new)
+        pairs = Difference(family).pairs(name)
+        for (old, new), block in zip(pairs, residual.blocks(name), strict=True):
+            amiss = first + lost(old, block, new)
             if exceptions:
                 amiss = np.setdiff1d(amiss, exceptions.index, assume_unique=True)
             num_lost += amiss.size
@@ -417,7 +390,7 @@ def _layout(difference: Difference, form: Form) -> Layout:
 
     def choose(name: str) -> str:
         small = np.empty(min(BLOCK_ELEMENTS, difference.tensors[name].num_elements), BFLOAT16)
-        exact = all(not step.stored(small)[1].size for step in difference.steps(name))
+        exact = all(not subtract(*pair, small).lost.size for pair in difference.pairs(name))
         return "BF16" if exact else "F32"
 
     if form == "auto":
