@@ -428,6 +428,30 @@ def test_flexlora_forms_no_dense_matrix() -> None:
     assert peak_bytes(drawn(3, 1, side), "flexlora") < side * side * 8 / 4
 
 
+def test_flexlora_multiplies_nothing_out_while_factors_fit_the_longer_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As for keys and values: 128 x 896 numbers, 100 clients of rank 8."""
+    shapes = {named("m", "A"): (4, 50), named("m", "B"): (6, 4)}
+    updates = [update_of(f"{n:02}", tensors=Drawn(n, shapes)) for n in range(13)]
+    multiplied = []
+    added = aggregation._added
+    monkeypatch.setattr(aggregation, "_added", lambda *terms: multiplied.append(1) or added(*terms))
+    kept = list(aggregate(updates[:12], "flexlora"))
+    assert not multiplied
+    list(aggregate(updates, "flexlora"))
+    assert multiplied
+    monkeypatch.setattr(aggregation, "max", min, raising=False)
+    for layer, other in zip(kept, aggregate(updates[:12], "flexlora"), strict=True):
+        (found,), (wanted,) = layer.adapters.values(), other.adapters.values()
+        np.testing.assert_allclose(
+            found[named("m", "B")] @ found[named("m", "A")],
+            wanted[named("m", "B")] @ wanted[named("m", "A")],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
 def test_means_read_each_tensor_once() -> None:
     updates = drawn(3, 2)
     list(aggregate(updates, "fedavg"))

@@ -62,7 +62,7 @@ def test_a_bfloat16_difference_is_numpys_bit_for_bit(
 
 
 @given(numbers=st.lists(st.tuples(FINITE | AWKWARD, WIDE), min_size=1, max_size=40))
-@example(numbers=[(0x7F7F, 3.4e38)] * 9)
+@example(numbers=[(0x7F7F, 2.0**119)] * 9)  # a tie that rounds to infinity
 @example(numbers=[(0x3F80, 1.00390625)] * 8)
 def test_a_bfloat16_sum_is_numpys_bit_for_bit(numbers: list[tuple[int, float]]) -> None:
     old, added = in_bfloat16([o for o, _ in numbers]), np.float32([a for _, a in numbers])

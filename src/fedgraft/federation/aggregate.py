@@ -30,14 +30,15 @@ How this differs from released code and from the papers:
   all clients but the first, by a typo.
 - Stacked factors are multiplied out once their ranks add up to more than the layer's shorter side,
   which is an upper bound on the rank of any sum: neither memory nor download grows beyond that.
-  FlexLoRA forms no matrix of the layer's shape before that, where its paper always does.
+  FlexLoRA, which needs factors, waits until the longer side is reached, and forms no matrix of the
+  layer's shape before, where its paper always does.
 - FlexLoRA shares singular values evenly between A and B. Where the ideal has no further direction,
   B is zero and A a unit vector, as in a fresh adapter; two zeros would never learn again.
 - FedEx-LoRA's residual has rank (c - 1) r, not c r: the A_i - mean(A) sum to zero, so the last
   client's B is taken off the others'. One client leaves none.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -221,8 +222,11 @@ def _factors(module: str, update: Update) -> tuple[Wide, Wide]:
     return a.astype(np.float64), b.astype(np.float64)
 
 
-def _summed(terms: Iterable[tuple[Wide, Wide]]) -> tuple[Wide, Wide]:
-    """Factors of a sum of products: stacked, or multiplied out once that is of lower rank."""
+def _summed(
+    terms: Iterable[tuple[Wide, Wide]], side: Callable[..., int] = min
+) -> tuple[Wide, Wide]:
+    """Factors of a sum of products: stacked, or multiplied out once they are of a higher rank than
+    the shorter `side` of the layer has numbers, or than the longer one."""
     lefts: list[Wide] = []
     rights: list[Wide] = []
     whole: Wide | None = None
@@ -231,7 +235,7 @@ def _summed(terms: Iterable[tuple[Wide, Wide]]) -> tuple[Wide, Wide]:
         lefts.append(left)
         rights.append(right)
         rank += len(right)
-        if rank > min(len(left), right.shape[1]):
+        if rank > side(len(left), right.shape[1]):
             whole = _added(whole, lefts, rights)
             lefts, rights, rank = [], [], 0
     if whole is None:
@@ -254,7 +258,7 @@ def _decomposed(module: str, updates: Sequence[Update], sizes: Sequence[Size]) -
     which is no larger than the stacked ranks on either side, and right vectors v = Q_r v'. Times
     left @ right they are the left ones at their length, so that Q_l is never formed.
     """
-    left, right = _summed(_ideal_terms(module, updates))
+    left, right = _summed(_ideal_terms(module, updates), side=max)
     num_out, num_in = len(left), right.shape[1]
     rank = max(size.rank for size in sizes)
     if rank > min(num_out, num_in):
