@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/weight_arithmetic.py            # Qwen2-0.5B's shapes, five rounds
     .venv/bin/python benchmarks/weight_arithmetic.py --only extract graft --rounds 3
     .venv/bin/python benchmarks/weight_arithmetic.py --peak 0.5b 8b
+    .venv/bin/python benchmarks/weight_arithmetic.py --work /dev/shm/benchmark   # no disk behind it
 
 Whole processes, start-up included, one after the other in turn, inputs in the page cache, nothing
 left to write back from the process before. The floor of a comparison reads its inputs with `cat`
@@ -59,13 +60,14 @@ Residuals.apply_to_pretrained(model=target, residuals=residual, out_dir=out, dty
 BARE = """
 import os, sys
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-from fedgraft.weights import checkpoint, writer
+from fedgraft.weights import checkpoint, residual, writer
 hashed = checkpoint.blake3
 class Unhashed:
     def update(self, _): pass
     def digest(self): return bytes(32)
 def bare(data=None): return Unhashed() if data is None else hashed(data)
 checkpoint.blake3 = writer.blake3 = bare
+residual.Residual.refuse_damage = lambda _: None
 from fedgraft.cli.main import app
 sys.argv = ["fedgraft", *sys.argv[1:]]
 app(prog_name="fedgraft")
@@ -154,7 +156,7 @@ def extract(material: Material) -> Comparison:
                 Way(f"fedgraft, {form}", _extract(*family, form))
                 for form in ("bfloat16", "auto", "packed")
             ),
-            Way("fedgraft, bfloat16, no hashes", _bare(*family, "bfloat16")),
+            Way("fedgraft, bfloat16, no hashes", _bare(_extract(*family, "bfloat16"))),
             *_extract_elsewhere(family, "bfloat16"),
         ],
     )
@@ -192,6 +194,7 @@ def graft(material: Material) -> Comparison:
         [newer],
         [
             Way("fedgraft", _graft(newer, residual)),
+            Way("fedgraft, no hashes", _bare(_graft(newer, residual))),
             Way("fedgraft --verify", [*_graft(newer, residual), "--verify"]),
             *(
                 Way(f"fedgraft, {form} residual", _graft(newer, material.residual(form)))
@@ -396,8 +399,8 @@ def _extract(base: Path, instruct: Path, form: str) -> list[str | Path]:
     return [FEDGRAFT, "residual", "extract", base, instruct, "--form", form, "--out", "{out}"]
 
 
-def _bare(base: Path, instruct: Path, form: str) -> list[str | Path]:
-    return [sys.executable, "-c", BARE, *_extract(base, instruct, form)[1:]]
+def _bare(command: Sequence[str | Path]) -> list[str | Path]:
+    return [sys.executable, "-c", BARE, *command[1:]]
 
 
 def _graft(target: Path, *residual: Path) -> list[str | Path]:
@@ -452,9 +455,9 @@ def _python(tool: str) -> Path:
     return python
 
 
-def _material(shape: str, names: Sequence[str], runs: Path) -> Material:
+def _material(shape: str, names: Sequence[str], runs: Path, place: Path) -> Material:
     """Return the checkpoints of a shape, made if need be, and an empty directory for the rest."""
-    folder, work = runs / "synthetic" / shape, runs / "benchmark" / shape
+    folder, work = runs / "synthetic" / shape, place / shape
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     lacking = [name for name in names if not (folder / name).exists()]
@@ -474,13 +477,16 @@ def main() -> None:
     parser.add_argument(
         "--peak", nargs="+", choices=SHAPES, metavar="SHAPE", help="compare peak memory instead"
     )
-    given = parser.parse_args()
     runs = HERE.parent / "runs"
+    parser.add_argument(
+        "--work", type=Path, default=runs / "benchmark", help="directory that all ways write into"
+    )
+    given = parser.parse_args()
     if given.peak:
-        found = {n: peaks(_material(n, ["base", "instruct"], runs)) for n in given.peak}
+        found = {n: peaks(_material(n, ["base", "instruct"], runs, given.work)) for n in given.peak}
         print(compare_peaks(found))
         return
-    material = _material(given.shape, ["base", "instruct", "second", "newer"], runs)
+    material = _material(given.shape, ["base", "instruct", "second", "newer"], runs, given.work)
     for name in given.only:
         print(f"{name} ...", file=sys.stderr)
         print(compare(COMPARISONS[name](material), given.rounds, material.out), flush=True)

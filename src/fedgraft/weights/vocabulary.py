@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from fedgraft.errors import CheckpointError
 
@@ -136,7 +137,7 @@ def _read_ids(folder: Path) -> Mapping[str, int]:
 
 @lru_cache(maxsize=1)
 def _whole(text: bytes) -> Mapping[str, int]:
-    tokenizer = json.loads(text)
+    tokenizer = from_json(text)  # twice as fast as json, for some megabytes
     vocabulary = tokenizer["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: (token, score) in the order of the ids
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
