@@ -194,7 +194,7 @@ def graft(material: Material) -> Comparison:
         [newer],
         [
             Way("fedgraft", _graft(newer, residual)),
-            Way("fedgraft, no hashes", _bare(_graft(newer, residual))),
+            Way("fedgraft, no hashes", _bare([*_graft(newer, residual), "--any-parent"])),
             Way("fedgraft --verify", [*_graft(newer, residual), "--verify"]),
             *(
                 Way(f"fedgraft, {form} residual", _graft(newer, material.residual(form)))
