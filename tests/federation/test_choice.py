@@ -173,6 +173,73 @@ def test_a_client_that_was_started_anew_knows_its_clusters(model: Path, tmp_path
     assert_same_adapters(tmp_path / "a", tmp_path / "b")
 
 
+OTHERWISE = ("federated", "local", "random")
+
+
+@pytest.mark.parametrize("method", OTHERWISE)
+def test_what_was_trained_on_is_passed_over_while_others_are_left(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    own = {"federated": ALIGNED, "random": {"budget": 0.3}}.get(
+        method, {key: value for key, value in ALIGNED.items() if key != "server_clustering"}
+    )
+    new = {**own, "method": method, "repeat": False}
+    history = run(model, tmp_path, asked(new, num_rounds=3))
+    for names in DEPARTMENTS.values():
+        budget = round(0.3 * sum(NUM[name] for name in names))
+        assert all(sum(done.chosen[name] for name in names) == budget for done in history.rounds)
+    for name in NUM:
+        rounds = [done.number for done in history.rounds if done.chosen[name]]
+        places = [place for number in rounds for place in chosen(tmp_path, name, number)]
+        assert len(set(places)) == len(places)
+
+
+def test_what_all_examples_were_drawn_for_is_drawn_again(model: Path, tmp_path: Path) -> None:
+    history = run(
+        model, tmp_path, asked({"method": "random", "budget": 0.4, "repeat": False}, num_rounds=6)
+    )
+    for name, num in NUM.items():
+        drawn = [place for done in history.rounds for place in chosen(tmp_path, name, done.number)]
+        times = np.bincount(drawn, minlength=num)
+        assert 2 <= times.min() <= times.max() <= 3
+
+
+def test_an_aligned_map_would_choose_the_same_again(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "same", asked(ALIGNED))
+    run(model, tmp_path / "new", asked({**ALIGNED, "repeat": False}))
+    assert chosen(tmp_path / "same", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 2)
+    assert chosen(tmp_path / "new", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 1)
+    assert not set(chosen(tmp_path / "new", "hr-1", 1)) & set(chosen(tmp_path / "new", "hr-1", 2))
+
+
+def test_the_same_question_has_the_same_answer_where_nothing_is_chosen_twice(
+    model: Path, tmp_path: Path
+) -> None:
+    """A round that is asked again passes over what earlier rounds chose, and not its own."""
+    settings = asked({**ALIGNED, "repeat": False}, num_rounds=3)
+    heard = Heard(members(model, tmp_path / "clients"))
+    run_rounds(heard, settings, model, tmp_path / "out")
+    first = {(a.client, a.round): a.payload for a in heard.answers if a.kind == "centroids"}
+    again = members(model, tmp_path / "clients")
+    for question, one in [
+        (question, one)
+        for question in heard.questions
+        if question.kind == "centroids" and question.round == 2
+        for one in again
+    ]:
+        told = one.answer(question).payload
+        before = first[one.name, 2]
+        assert all(np.array_equal(told[key], before[key]) for key in before)
+
+
+def test_where_those_left_make_no_cluster_all_begin_anew(model: Path, tmp_path: Path) -> None:
+    clusters = {"min_cluster_size": 4, "min_samples": 1}
+    settings = {**ALIGNED, "clustering": clusters, "budget": 0.2, "repeat": False}
+    history = run(model, tmp_path, asked(settings, share="organisation", num_rounds=12))
+    assert all(sum(done.chosen.values()) for done in history.rounds)
+    assert not any(done.kept for done in history.rounds)
+
+
 def test_where_nothing_is_chosen_the_adapter_stays(model: Path, tmp_path: Path) -> None:
     """Clusters larger than any client: all is noise. The released code zeroes the adapter."""
     nothing = {**ALIGNED, "clustering": {"min_cluster_size": 50}}

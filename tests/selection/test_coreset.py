@@ -605,6 +605,20 @@ def test_the_server_asks_for_none_of_those_that_are_passed_over() -> None:
             assert mine <= set(best[: len(members) - len(members) // 2])
 
 
+def test_chance_draws_first_what_was_drawn_least_often() -> None:
+    selection = Selection(method="random", budget=0.5, repeat=False)
+    points = np.zeros((12, 0), np.float32)
+    own = grouped(points, selection)
+    times = np.array([1, 0, 2, 0, 1, 1, 0, 2, 1, 1, 0, 1])
+    draws = {
+        tuple(take(own, points, np.array([6]), selection, seed=seed, times=times).tolist())
+        for seed in range(30)
+    }
+    assert len(draws) > 5  # the two of those drawn once before vary
+    for drawn in draws:
+        assert sorted(times[list(drawn)]) == [0, 0, 0, 0, 1, 1]
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -624,7 +638,7 @@ def test_the_server_asks_for_none_of_those_that_are_passed_over() -> None:
         ),
         (
             {"method": "random", "budget": 0.1, "quality": 0.2},
-            "expected no quality for the method random, which asks for budget, found 0.2",
+            "expected no quality for the method random, which asks for budget, repeat, found",
         ),
         ({"method": "local", "paper_noise": 0.1}, "expected no paper_noise for the method local"),
         ({"method": "local", "server": "k_centre"}, "expected no server for the method local"),
@@ -653,6 +667,18 @@ def test_the_server_asks_for_none_of_those_that_are_passed_over() -> None:
         (
             {"server": "k_centre", "budget": 0.1, "server_clustering": Clustering()},
             "expected no server_clustering with k_centre, which covers .*; leave it out, or say",
+        ),
+        (
+            {"method": "all", "repeat": False},
+            "expected no repeat for the method all, .* found False; leave it out",
+        ),
+        (
+            {"repeat": False, "every_round": False},
+            "expected every_round: true with repeat: false, as .* found false; leave one",
+        ),
+        (
+            {"repeat": False, "privacy": NOISY},
+            "expected no repeat: false with privacy: .* for many others; leave it out",
         ),
         (
             {"method": "points", "server_clustering": Clustering()},

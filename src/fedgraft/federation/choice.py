@@ -5,6 +5,9 @@
                                         │
     how many of each cluster ───────────┴──> places of the examples to train on
 
+Where an example is not to be chosen again (`Selection.repeat`), the places that were trained on in
+earlier rounds say which are left: those alone become clusters.
+
 Features are those of the model without any adapter, so they are made once. Points and clusters of a
 choice are kept too, two choices of them: the second question is about the clusters of the first,
 also after the client's process was started anew. All of it stays in the client's folder:
@@ -16,7 +19,7 @@ also after the client's process was started anew. All of it stays in the client'
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from fedgraft.errors import FederationError
 from fedgraft.federation.standing import Stored, save_tensors
 from fedgraft.selection.clusters import Clusters
-from fedgraft.selection.coreset import Selection, Summary, grouped, take, tell
+from fedgraft.selection.coreset import Indices, Selection, Summary, grouped, take, tell
 from fedgraft.selection.projection import Map, Points, project, shared_map
 from fedgraft.text.dialogues import Template
 from fedgraft.text.examples import Examples
@@ -61,13 +64,15 @@ class Draw:
 class _Made:
     """The examples of a client at one choice."""
 
+    places: Indices
+    """Of the examples that took part, rising."""
     points: Points
     clusters: Clusters
     gains: NDArray[np.float32] | None
 
     def save(self, file: Path) -> None:
         tensors = {f"clusters.{one.name}": getattr(self.clusters, one.name) for one in _PARTS}
-        tensors["points"] = self.points
+        tensors |= {"places": self.places, "points": self.points}
         if self.gains is not None:
             tensors["gains"] = self.gains
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +82,7 @@ class _Made:
     def load(cls, file: Path) -> "_Made":
         found = Stored(file)
         return cls(
+            places=found["places"],
             points=found["points"],
             clusters=Clusters(**{one.name: found[f"clusters.{one.name}"] for one in _PARTS}),
             gains=found.get("gains"),
@@ -114,17 +120,26 @@ class Choice:
         """
         shared = dict(tensors)
         centres = shared.pop(CENTRES, None)
-        points = self._points(selection, shared, draw)
-        clusters = grouped(points, selection, centres=centres)
+        times = np.zeros(len(self._examples), np.int64)
+        if not selection.repeat:
+            times = self._times(draw.number)
+        for most in np.unique(times) if times.any() else (0,):
+            places = np.flatnonzero(times <= most)
+            points = self._points(selection, shared, draw, places)
+            clusters = grouped(points, selection, centres=centres)
+            if clusters.num_clusters:
+                break
         gains = None
         if selection.quality:
             gains = self._workplace.reader.gains(
                 self._examples, window=draw.window, prompt=draw.prompt
-            )
-        _Made(points=points, clusters=clusters, gains=gains).save(self._file(draw.number))
+            )[places]
+        _Made(places=places, points=points, clusters=clusters, gains=gains).save(
+            self._file(draw.number)
+        )
         for old in sorted(self._folder.glob(f"{CHOICE}-*.safetensors"))[:-NUM_KEPT]:
             old.unlink()
-        return tell(
+        told = tell(
             clusters,
             points,
             selection,
@@ -132,6 +147,7 @@ class Choice:
             centres=centres,
             num_exchanges=draw.num_exchanges,
         )
+        return told if selection.repeat else replace(told, num_examples=len(self._examples))
 
     def taken(self, selection: Selection, counts: Sequence[int], draw: Draw) -> list[int]:
         """Places of the examples to train on, rising: so many of each cluster of a choice.
@@ -139,23 +155,39 @@ class Choice:
         Raises FederationError where this client was not asked about its clusters, SelectionError
         where it has others.
         """
+        times = None
         if selection.method == "random":
             points = np.zeros((len(self._examples), 0), np.float32)
-            made = _Made(points=points, clusters=grouped(points, selection), gains=None)
+            made = _Made(
+                places=np.arange(len(points)),
+                points=points,
+                clusters=grouped(points, selection),
+                gains=None,
+            )
+            times = None if selection.repeat else self._times(draw.number)
         else:
             made = self._kept(draw.number)
-        places = take(
+        taken = take(
             made.clusters,
             made.points,
             np.asarray(counts, np.int64),
             selection,
             seed=draw.seed,
             gains=made.gains,
+            times=times,
         )
-        found: list[int] = places.tolist()
+        found: list[int] = made.places[taken].tolist()
         return found
 
-    def _points(self, selection: Selection, shared: Map, draw: Draw) -> Points:
+    def _times(self, number: int) -> Indices:
+        """How often each example was trained on in rounds before this one."""
+        times = np.zeros(len(self._examples), np.int64)
+        for file in self._folder.glob(f"{CHOSEN}-*.json"):
+            if int(file.stem.rpartition("-")[2]) < number:
+                times[json.loads(file.read_text(encoding="utf-8"))] += 1
+        return times
+
+    def _points(self, selection: Selection, shared: Map, draw: Draw, places: Indices) -> Points:
         features = self._workplace.reader.features(
             self._examples,
             selection.encoding,
@@ -169,6 +201,8 @@ class Choice:
             shared = shared_map(
                 projection, num_layers=num_layers, hidden=hidden, seed=draw.map_seed
             )
+        if len(places) < len(features):
+            features = features[places]
         return project(features, projection, shared=shared, seed=draw.seed)
 
     def _kept(self, number: int) -> _Made:

@@ -75,12 +75,12 @@ Indices = NDArray[np.int64]
 Method = Literal["all", "random", "local", "points", "federated"]
 SETTINGS: Mapping[Method, tuple[str, ...]] = {
     "all": (),
-    "random": ("budget",),
-    "local": ("encoding", "projection", "clustering", "budget", "quality"),
-    "points": ("encoding", "projection", "clustering", "server", "budget"),
+    "random": ("budget", "repeat"),
+    "local": ("encoding", "projection", "clustering", "budget", "repeat", "quality"),
+    "points": ("encoding", "projection", "clustering", "server", "budget", "repeat"),
     "federated": (
         *("encoding", "projection", "clustering", "server", "server_clustering"),
-        *("budget", "quality", "privacy", "paper_noise"),
+        *("budget", "repeat", "quality", "privacy", "paper_noise"),
     ),
 }
 """What each method asks for, beside `every_round`."""
@@ -114,6 +114,10 @@ class Selection(BaseModel):
     """Share of all clients' examples; None: one example for each server cluster (the paper)."""
     every_round: bool = True
     """Choose anew in each round (the paper), or once."""
+    repeat: bool = True
+    """Whether an example may be chosen again (the paper). Else those are passed over that were
+    trained on more often, as long as others of the client are enough for a cluster: an aligned map
+    finds the same clusters in each round, and would choose the same examples."""
     quality: float = 0.0
     """Share of the examples of each cluster, the worst by answer gain, that are passed over;
     rounded down to whole examples."""
@@ -168,6 +172,11 @@ class Selection(BaseModel):
                 f"looks for no clusters, found {self.server_clustering!r}; leave it out, or say "
                 "server: hdbscan"
             )
+        if not self.repeat and not self.every_round:
+            raise SelectionError(
+                "expected every_round: true with repeat: false, as what is chosen once is trained "
+                "on in each round, found false; leave one of them out"
+            )
         if self.privacy:
             self._check_private()
 
@@ -185,6 +194,11 @@ class Selection(BaseModel):
             raise SelectionError(
                 "expected no clustering with privacy, which has cells in place of clusters, found "
                 f"{self.clustering!r}; leave it out"
+            )
+        if not self.repeat:
+            raise SelectionError(
+                "expected no repeat: false with privacy: what was chosen before would show in what "
+                "is told, and one example can change that for many others; leave it out"
             )
 
     def num_exchanges(self, num_rounds: int) -> int:
@@ -304,6 +318,7 @@ def take(
     *,
     seed: int,
     gains: NDArray[np.floating] | None = None,
+    times: Indices | None = None,
 ) -> Indices:
     """Choose what the server asked for: places of the client's examples, rising.
 
@@ -313,6 +328,7 @@ def take(
         counts: From `choose`, [k]; with `privacy` one for each cell.
         seed: Of this client in this exchange; `random` draws by it.
         gains: Of each answer, [n], where the selection has a `quality`.
+        times: How often each was chosen before, [n]: `random` draws from the least often first.
 
     Raises as `pick` does.
     """
@@ -327,7 +343,11 @@ def take(
     if selection.method == "random":
         _check_asked(clusters, counts, 0.0)
         chance = np.random.default_rng(derive_seed(seed, "random examples"))
-        return np.sort(chance.choice(len(clusters.labels), int(counts.sum()), replace=False))
+        n, count = len(clusters.labels), int(counts.sum())
+        if times is None:
+            return np.sort(chance.choice(n, count, replace=False))
+        drawn = chance.permutation(n)
+        return np.sort(drawn[np.argsort(times[drawn], kind="stable")][:count])
     return pick(clusters, points, counts, gains=gains, quality=selection.quality)
 
 

@@ -632,6 +632,7 @@ def in_words(arm: Arm) -> str:
         return arm.words
     share = f"{arm.budget:.2g} of all" if arm.budget else "one of each cluster"
     where = ", all at one place" if arm.pooled else ""
+    where += "" if arm.repeat else ", none twice"
     match arm.method:
         case "all":
             return f"all examples{where}"
