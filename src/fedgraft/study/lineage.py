@@ -12,7 +12,8 @@ target; what that promised stands in the result beside what came of it.
 The file: `study.recipes`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -41,6 +42,7 @@ from fedgraft.study.recipes import (
     budget_of,
     in_words,
     model_of,
+    settings_of,
 )
 from fedgraft.study.result import (
     NEW_FACTS,
@@ -59,7 +61,6 @@ from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue, load_dialogues, pack_dialogues, short_enough
 from fedgraft.text.packing import Rows, mix, pack
 from fedgraft.training.pretrain import budget_path
-from fedgraft.training.settings import PretrainSettings
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.family import Family, anatomy_of
 from fedgraft.weights.graft import graft
@@ -262,7 +263,7 @@ class _Lineages(Stages):
     def _read(self, name: str, recipe: Recipe, seed: int) -> Path:
         reading = recipe.pretrain
         assert reading
-        study, settings = self.study, _settings(reading)
+        study, settings = self.study, settings_of(reading)
         if reading.texts:
             texts = {text: self.texts[text] for text in reading.texts}
             return self.train(
@@ -305,7 +306,7 @@ class _Lineages(Stages):
         return self.train(
             self._model(recipe.parent, seed),
             lambda: pack_dialogues(self.tokenizer, chosen, self.study.row_length, seed=seed),
-            _settings(lesson),
+            settings_of(lesson),
             self._place(name, seed),
             text=hash_json([dialogue.model_dump() for dialogue in chosen]),
             row_length=self.study.row_length,
@@ -434,21 +435,15 @@ class _Lineages(Stages):
         study, own = self.study, self._own(arm, seed)
         recipe = study.models[model_of(arm)]
         settings: dict[str, Any] = study.evaluation.model_dump()
+        scored: Path | Callable[[Path], Path]
         if isinstance(recipe, Recipe) and study.is_passing(arm):
             target, residual = self._parts(recipe, seed)
             inputs = {"model": self.hash_of(target), "residual": residual.content_hash}
             settings |= _added(recipe)
-
-            def scored(folder: Path) -> Path:
-                return _add(recipe, target, residual, folder / "graft")
-
+            scored = partial(_add_in, recipe, target, residual)
         else:
-            model = self._model(arm, seed)
-            inputs = {"model": self.hash_of(model)}
-
-            def scored(_: Path) -> Path:
-                return model
-
+            scored = self._model(arm, seed)
+            inputs = {"model": self.hash_of(scored)}
         card = self.evaluate(
             arm,
             own,
@@ -559,13 +554,6 @@ class _Lineages(Stages):
         }
 
 
-def _settings(part: PretrainSettings) -> PretrainSettings:
-    """How a recipe trains, without what it reads."""
-    return PretrainSettings.model_validate(
-        part.model_dump(include=set(PretrainSettings.model_fields))
-    )
-
-
 def _add(recipe: Recipe, target: Path, residual: Residual, out: Path) -> Path:
     added = recipe.graft
     assert added
@@ -579,6 +567,10 @@ def _add(recipe: Recipe, target: Path, residual: Residual, out: Path) -> Path:
         any_parent=added.any_parent,
         again=added.again,
     )
+
+
+def _add_in(recipe: Recipe, target: Path, residual: Residual, folder: Path) -> Path:
+    return _add(recipe, target, residual, folder / "graft")
 
 
 def _added(recipe: Recipe) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Recipe(_Part):
         return next(verb for verb in VERBS if getattr(self, verb) is not None)
 
     @property
-    def training(self) -> PretrainSettings | None:
+    def training(self) -> Reading | Lesson | None:
         """How it trains; None where nothing is trained."""
         return self.pretrain or self.tune
 
@@ -421,6 +421,12 @@ def budget_of(ref: str) -> int | None:
     """The budget of a checkpoint on the way; None for where the model ends."""
     budget = ref.partition("@")[2]
     return int(budget) if budget else None
+
+
+def settings_of(part: Reading | Lesson) -> PretrainSettings:
+    """How a recipe trains, without what it trains on."""
+    own = part.model_dump(include=set(PretrainSettings.model_fields))
+    return PretrainSettings.model_validate(own)
 
 
 def in_words(recipe: Recipe) -> str:

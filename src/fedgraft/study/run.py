@@ -11,6 +11,7 @@ kept, see `study.stage`.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ class Stages:
         self,
         arm: str,
         seed: int | None,
-        model: Callable[[Path], Path],
+        model: Path | Callable[[Path], Path],
         place: Path,
         *,
         inputs: Mapping[str, str],
@@ -154,13 +155,13 @@ class Stages:
         """Score a model.
 
         Args:
-            model: Gets the folder of the stage, and says where the model stands; one that is made
-                in that folder is taken away again.
+            model: Where it stands; or what makes it in the folder of the stage, for as long as the
+                scoring takes.
             inputs: What the model is, by hash.
         """
 
         def make(folder: Path) -> None:
-            scored = model(folder)
+            scored = model if isinstance(model, Path) else model(folder)
             card = evaluate(
                 open_model(scored),
                 tokenizer,
@@ -173,7 +174,7 @@ class Stages:
                 window=window,
                 max_new_tokens=max_new_tokens,
             )
-            if scored.parent == folder:
+            if scored != model:
                 shutil.rmtree(scored)
             (folder / SCORECARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
@@ -296,6 +297,9 @@ class Run(Stages):
             factors=merging.factors,
         )
 
+    def _graft_in(self, model: Path, scale: float, folder: Path) -> Path:
+        return self.add(model, scale, folder / "graft")
+
     def _in_form(self, form: Form | None) -> Residual:
         if form is None:
             return self.residual
@@ -365,18 +369,15 @@ class Run(Stages):
         scale: float | None = None,
     ) -> Scorecard:
         """Score a model, or with a scale its graft, which stands for as long as that takes."""
-        scored: Callable[[Path], Path] | None = None
         inputs = {"model": self.hash_of(model)}
+        scored: Path | Callable[[Path], Path] = model
         if scale is not None:
             inputs["residual"] = self.residual.content_hash
-
-            def scored(folder: Path) -> Path:
-                return self.add(model, scale, folder / "graft")
-
+            scored = partial(self._graft_in, model, scale)
         return self.evaluate(
             arm,
             seed,
-            scored or (lambda _: model),
+            scored,
             place,
             inputs=inputs,
             settings={**self.study.evaluation.model_dump(), "scale": scale},
