@@ -152,9 +152,13 @@ def plan(
         raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
     row = study.row_length
     if isinstance(study, LineageStudy):
-        base = study.checkpoints[study.root(next(iter(study.models)))]
-        shape, at_hand = _shape(base, study.shape, "shape")
-        works = list(_of_lineage(study, shape))
+        shapes = {
+            name: _shape(checkpoint, study.shape_of(name), "shape")
+            for name, checkpoint in study.checkpoints.items()
+        }
+        first = next(iter(shapes))
+        base, (shape, at_hand) = study.checkpoints[first], shapes[first]
+        works = list(_of_lineage(study, {name: found for name, (found, _) in shapes.items()}))
     else:
         base = study.family.base
         shape, at_hand = _shape(base, study.family.shape, "family.shape")
@@ -225,9 +229,9 @@ def _of_study(study: Study, shape: Shape) -> Iterator[_Work]:
         yield _Work(stage=stage, key=key, settings=one, num_runs=num_runs, shape=shape)
 
 
-def _of_lineage(study: LineageStudy, shape: Shape) -> Iterator[_Work]:
+def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[_Work]:
     """What a study of lineages trains; models that are trained alike stand together."""
-    shapes = dict.fromkeys(study.checkpoints, shape)
+    shapes = dict(came)
     alike: dict[tuple[PretrainSettings, Shape], list[str]] = {}
     for name, recipe in study.recipes.items():
         shapes[name] = shapes[model_of(recipe.parent)]

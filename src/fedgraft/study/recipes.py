@@ -5,7 +5,8 @@
       └── fresh ──> stranger
 
     models:
-      base: pocket:base                                 a checkpoint as it comes
+      base: pocket:base                                 a checkpoint as it comes, or
+                                                        { checkpoint: ..., shape: {...} }
       newer: { from: base, pretrain: {...} }            reads on: the departments' text, or `texts`
       instruct: { from: base, tune: {...} }             learns the answers of dialogues
       moved: { from: newer, graft: { residual: [base, instruct] } }
@@ -47,6 +48,14 @@ VERBS: tuple[Verb, ...] = ("pretrain", "tune", "graft", "fresh")
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Came(_Part):
+    """A checkpoint as it comes."""
+
+    checkpoint: str
+    shape: Shape | None = None
+    """Its sizes from config.json, for planning before it is fetched."""
 
 
 class Reading(PretrainSettings):
@@ -177,14 +186,28 @@ def _in_words(value: Any) -> Any:
     return {"words": value} if isinstance(value, str) else value
 
 
+def _as_it_comes(value: Any) -> Any:
+    """A name is a checkpoint as it comes; a mapping is told apart by its keys, so that the faults
+    of one kind are told alone."""
+    if isinstance(value, str):
+        return Came(checkpoint=value)
+    if isinstance(value, Mapping):
+        kind = Came if "checkpoint" in value else Recipe
+        return kind.model_validate(value)
+    return value
+
+
 class LineageStudy(_Part):
     """Everything that a study of lineages needs; read from YAML."""
 
     name: str
     question: str
-    models: dict[Name, str | Recipe] = Field(min_length=1)
+    models: dict[Name, Annotated[Came | Recipe, BeforeValidator(_as_it_comes)]] = Field(
+        min_length=1
+    )
     shape: Shape | None = None
-    """Sizes of the models as they come, for planning before they are fetched."""
+    """Sizes of the models as they come that say nothing of their own, for planning before they are
+    fetched."""
     tokenizer: Name | None = None
     """The model, as it comes, whose tokenizer and chat template all models are trained and asked
     with; where None, the last side of the first residual, or the first model."""
@@ -272,7 +295,13 @@ class LineageStudy(_Part):
     @property
     def checkpoints(self) -> dict[str, str]:
         """The models that come as they are."""
-        return {name: one for name, one in self.models.items() if isinstance(one, str)}
+        came = {name: one for name, one in self.models.items() if isinstance(one, Came)}
+        return {name: one.checkpoint for name, one in came.items()}
+
+    def shape_of(self, name: str) -> Shape | None:
+        """What the file says of the sizes of a model as it comes."""
+        came = self.models[name]
+        return (came.shape if isinstance(came, Came) else None) or self.shape
 
     @property
     def speaker(self) -> str:

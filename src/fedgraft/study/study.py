@@ -40,7 +40,7 @@ from fedgraft.weights.compression import SmallForm
 from fedgraft.weights.merging import PLAIN, Factors, Method
 
 Kind = Literal["arms", "forgetting", "departments"]
-MODELS = ("base", "instruct", "model", "encoder")
+MODELS = ("base", "instruct", "model", "encoder", "checkpoint")
 """Keys of a file whose value is a model, which may be a name on the hub."""
 _File = TypeVar("_File", bound=BaseModel)
 
