@@ -42,7 +42,7 @@ def content(**changes: Any) -> dict[str, Any]:
             "newer": {"from": "base", "pretrain": TRAINING},
             "graft": {"from": "newer", "graft": {"residual": RESIDUAL}},
         },
-        "departments": {name: {"corpus": [f"place:{name}.jsonl"]} for name in DEPARTMENTS},
+        "departments": {name: {"corpus": [f"place:{name}.jsonl"]} for name in sorted(DEPARTMENTS)},
         "replay": {"corpus": ["place:replay.jsonl"], "share": 0.25},
         "dialogues": {"test": "place:dialogues/test.jsonl"},
         "questions": {"test": "place:questions/test.jsonl"},

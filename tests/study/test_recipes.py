@@ -183,7 +183,9 @@ def test_random_weights_descend_from_nothing(load: Any) -> None:
         "start": {"from": "base", "fresh": {}},
         "x": {"from": "start", "graft": GRAFT},
     }
-    assert "start was not made from base, the residual's base" in refused(load, **only("x", **models))
+    assert "start was not made from base, the residual's base" in refused(
+        load, **only("x", **models)
+    )
 
 
 def test_a_checkpoint_on_the_way_is_no_ancestor_of_what_came_after(load: Any) -> None:
@@ -296,7 +298,10 @@ def test_all_are_asked_with_the_tokenizer_of_the_residuals_instruct_side(load: A
                 "graft": {
                     **GRAFT,
                     "method": {"name": "ties", "density": 0.2},
-                    "factors": {"kinds": {"mlp": 0}, "layers": [{"first": 0, "last": 1, "factor": 2}]},
+                    "factors": {
+                        "kinds": {"mlp": 0},
+                        "layers": [{"first": 0, "last": 1, "factor": 2}],
+                    },
                 },
             },
             "plus 1 x (instruct - base), ties density 0.2, mlp x 0, layers 0 to 1 x 2",

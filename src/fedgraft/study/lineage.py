@@ -58,7 +58,7 @@ from fedgraft.study.run import Stages, versions
 from fedgraft.study.selection import load_source
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.text.corpus import Document
-from fedgraft.text.dialogues import Dialogue, load_dialogues, pack_dialogues, short_enough
+from fedgraft.text.dialogues import Dialogue, encode, load_dialogues, pack_dialogues
 from fedgraft.text.packing import Rows, mix, pack
 from fedgraft.training.pretrain import budget_path
 from fedgraft.weights.checkpoint import Checkpoint
@@ -91,20 +91,32 @@ def run(study: LineageStudy, out: Path, *, say: Say = lambda _: None) -> Lineage
     return Lineages.load(out)
 
 
-def parted(dialogues: Iterable[Dialogue], num_scored: int) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Dialogues to be scored, and those that may be tuned on; no prompt stands in both.
+def parted(
+    dialogues: Iterable[Dialogue], num_scored: int, fits: Callable[[Dialogue], bool], limit: int
+) -> tuple[list[Dialogue], list[Dialogue], int]:
+    """Dialogues to be scored, and at most `limit` to be tuned on; no prompt stands in both.
 
     Both in an order by the hash of their prompt, which depends on nothing else; of one prompt one
-    is scored.
+    is scored. Those that do not fit are passed over, and counted last.
     """
     prompts: dict[str, list[Dialogue]] = {}
     for dialogue in dialogues:
         told = dialogue.answered()
         prompt = hash_json([message.model_dump() for message in told.messages[:-1]])
         prompts.setdefault(prompt, []).append(told)
-    ordered = [prompts[prompt] for prompt in sorted(prompts)]
-    scored = [alike[0] for alike in ordered[:num_scored]]
-    return scored, [dialogue for alike in ordered[num_scored:] for dialogue in alike]
+    scored: list[Dialogue] = []
+    others: list[Dialogue] = []
+    num_left_out = 0
+    for prompt in sorted(prompts):
+        if len(others) >= limit:
+            break
+        fitting = [dialogue for dialogue in prompts[prompt] if fits(dialogue)]
+        num_left_out += len(prompts[prompt]) - len(fitting)
+        if len(scored) < num_scored:
+            scored += fitting[:1]
+        else:
+            others += fitting
+    return scored, others[:limit], num_left_out
 
 
 class _Lineages(Stages):
@@ -194,21 +206,26 @@ class _Lineages(Stages):
         )
 
     def _examples(self, name: str, source: Examples) -> tuple[list[Dialogue], list[Dialogue]]:
-        """Those that are scored, and those that may be tuned on."""
-        kept, self.num_left_out[name] = short_enough(
-            self.tokenizer, load_source(source), self.study.row_length
+        """Those that are scored, and those that may be tuned on, as many as any recipe asks for."""
+        row = self.study.row_length
+
+        def fits(dialogue: Dialogue) -> bool:
+            return len(encode(self.tokenizer, dialogue)[0]) <= row
+
+        scored, others, left_out = parted(
+            load_source(source), source.scored, fits, self.study.wanted(name)
         )
-        if self.num_left_out[name]:
+        self.num_left_out[name] = left_out
+        if left_out:
             self.say(
-                f"{name}: {self.num_left_out[name]:,} dialogues are longer than a row of "
-                f"{self.study.row_length} tokens and are left out; {len(kept):,} are left"
+                f"{name}: {left_out:,} dialogues are longer than a row of {row} tokens and are "
+                f"left out; {len(scored) + len(others):,} are taken"
             )
-        scored, others = parted(kept, source.scored)
         if not others:
             raise StudyError(
-                f"examples.{name}: expected dialogues to tune on that fit a row of "
-                f"{self.study.row_length} tokens, found {len(kept)}, of which {source.scored} are "
-                "scored; choose longer rows, or score fewer"
+                f"examples.{name}: expected dialogues to tune on that fit a row of {row} tokens, "
+                f"found {len(scored)}, of which {source.scored} are to be scored; choose longer "
+                "rows, or score fewer"
             )
         return scored, others
 

@@ -19,6 +19,7 @@ model and one made from it, a residual is added to what was made from its first 
 Studies that ask what happens otherwise say so: `any_parent: true`, `again: true`.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,7 +152,7 @@ class Recipe(_Part):
 
 
 class Examples(Source):
-    """Dialogues that models are tuned on."""
+    """Dialogues that models are tuned on; those that are longer than a row are passed over."""
 
     scored: int = Field(default=0, ge=0)
     """So many, the first by hash, are never tuned on: their answers are scored, and those of the
@@ -339,6 +340,13 @@ class LineageStudy(_Part):
         recipe = self.models.get(name)
         used = {model_of(ref) for one in self.recipes.values() for ref in one.made_of}
         return isinstance(recipe, Recipe) and recipe.graft is not None and name not in used
+
+    def wanted(self, examples: str) -> int:
+        """How many of some examples are tuned on at most, in any recipe."""
+        own = self.examples[examples].max_examples or sys.maxsize
+        lessons = [one.tune for one in self.recipes.values() if one.tune]
+        asked = [one.max_examples or sys.maxsize for one in lessons if examples in one.examples]
+        return min(own, max(asked, default=sys.maxsize))
 
     @property
     def _every_recipe(self) -> dict[str, Recipe]:
