@@ -67,6 +67,7 @@ class Training:
 
     stage: str
     """`pre-training`, `domains`, `adapters`, or the models of a study of lineages."""
+    shape: Shape
     num_runs: int
     num_tokens: int
     """Of one run, like everything below."""
@@ -291,7 +292,7 @@ def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
     rank = training.rank or Lora().rank
     return {
         in_words(chosen, recompute): training_memory(
-            plan.shape,
+            training.shape,
             micro_batch_rows=training.micro_batch_rows,
             row_length=training.row_length,
             precision=training.precision,
@@ -419,6 +420,7 @@ def _training(
     stored = trained * DTYPES["F32"].itemsize if adapter else _model_bytes(shape)
     return Training(
         stage=work.stage,
+        shape=shape,
         num_runs=work.num_runs,
         num_tokens=num_rows * row,
         row_length=row,
