@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from fedgraft.errors import ArtefactError, CheckpointError
@@ -71,6 +77,39 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             f"{path}: expected a tokenizer (tokenizer.json), found none; {remedy}"
         )
     return tokenizer
+
+
+def fresh_model(like: str | Path, sizes: Mapping[str, int], *, seed: int) -> "PreTrainedModel":
+    """Random weights of the architecture of a checkpoint and its number of tokens, in its dtype.
+
+    Args:
+        sizes: What is to be otherwise in its config, e.g. `{"num_hidden_layers": 2}`.
+
+    Raises CheckpointError where there is no such checkpoint, or sizes that do not go together.
+    """
+    _check_directory(like)
+    _quiet()
+    try:
+        config = AutoConfig.from_pretrained(
+            like, trust_remote_code=False, local_files_only=True, **sizes
+        )
+        layers = getattr(config, "layer_types", None)
+        if layers and len(layers) != config.num_hidden_layers:
+            config.layer_types = layers[:1] * config.num_hidden_layers
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{config.hidden_size} numbers for {config.num_attention_heads} heads alike"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{like}: expected a config that a model of other sizes can be made from, found: "
+            f"{_first_line(error)}; correct the sizes"
+        ) from error
+    take_generation_config(model, Path(like))
+    return model
 
 
 def take_generation_config(model: "PreTrainedModel", folder: Path) -> None:
@@ -143,8 +182,7 @@ def training_precision() -> Precision:
 
 def _open(auto: type[Any], path: str | Path, dtype: torch.dtype, noun: str) -> "PreTrainedModel":
     _check_directory(path)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    _quiet()
     try:
         model: PreTrainedModel = auto.from_pretrained(
             path,
@@ -160,6 +198,11 @@ def _open(auto: type[Any], path: str | Path, dtype: torch.dtype, noun: str) -> "
             f"found: {_first_line(error)}"
         ) from error
     return model.to(device()).eval()
+
+
+def _quiet() -> None:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _check_directory(path: str | Path) -> None:

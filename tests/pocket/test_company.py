@@ -42,7 +42,7 @@ def company() -> Company:
 def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     again = write_company(tmp_path / "again")
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    assert len(files) == 16
+    assert len(files) == 18
     _, different, missing = filecmp.cmpfiles(folder, again, files, shallow=False)
     assert (different, missing) == ([], [])
 

@@ -17,6 +17,7 @@ from fedgraft.study.result import (
     Departments,
     Federation,
     Forgetting,
+    Lineages,
     Result,
     Selections,
     load_result,
@@ -28,6 +29,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "forgetting": Forgetting,
     "departments": Departments,
     "selection": Selections,
+    "lineage": Lineages,
     "federation": Federation,
 }
 

@@ -10,12 +10,14 @@ from tests.study.small import content, write_material, write_study
 
 from fedgraft.errors import ResidualError, StudyError
 from fedgraft.study.federation import ClientFile, FederationFile
+from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.study import FederationPart, Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-REAL_SIZED = ("llama3_8b", "qwen2_0.5b")
-OF_SELECTION = [file for file in STUDIES if "arms" in yaml.safe_load(file.read_text("utf-8"))]
-ON_A_LAPTOP = [file for file in STUDIES if file.stem not in REAL_SIZED and file not in OF_SELECTION]
+REAL_SIZED = ("llama3_8b", "qwen2_0.5b", "forgetting_qwen2_0.5b", "merging_qwen2_0.5b")
+OF_OTHERS = [file for file in STUDIES if "arms" in yaml.safe_load(file.read_text("utf-8"))]
+"""Studies of selection and of lineages."""
+ON_A_LAPTOP = [file for file in STUDIES if file.stem not in REAL_SIZED and file not in OF_OTHERS]
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
 
 
 def with_every_path(folder: Path, text: str, place: str) -> Path:
-    for name in re.findall(rf"{place}:([\w./]+)", text):
+    for name in re.findall(rf"{place}:([\w./-]+)", text):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
@@ -50,13 +52,32 @@ def test_every_study_of_the_project_loads(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REAL_SIZED)
 def test_a_real_sized_study_loads_before_its_text_is_there_but_does_not_run(name: str) -> None:
     file = ON_A_LAPTOP[0].with_name(f"{name}.yaml")
-    places = {"data": Path("nowhere")}
+    places = {"data": Path("nowhere"), "company": Path("nowhere")}
     study = Study.load(file, places, dry=True)
     assert study.name == file.stem
-    texts = [path for part in study.departments.values() for path in part.corpus]
-    assert len(study.not_there) == len(texts)
+    texts = re.findall(r'"((?:data:|company:|\.\./runs/)[^"]+)"', file.read_text(encoding="utf-8"))
+    assert sorted(study.not_there) == sorted(texts)
     with pytest.raises(StudyError, match=f"found {len(texts)} paths amiss"):
         Study.load(file, places)
+
+
+OF_LINEAGES = [file for file in OF_OTHERS if "models" in yaml.safe_load(file.read_text("utf-8"))]
+ON_A_GPU = [file for file in OF_LINEAGES if re.search("qwen|llama", file.stem)]
+
+
+@pytest.mark.parametrize("file", OF_LINEAGES, ids=lambda file: str(file.stem))
+def test_every_study_of_lineages_loads(file: Path, tmp_path: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    places = {
+        name: with_every_path(tmp_path / name, text, name) for name in ("pocket", "company", "data")
+    }
+    study = LineageStudy.load(file, places, dry=file in ON_A_GPU)
+    assert study.name == file.stem
+    assert all(arm.words for arm in study.arms.values())
+    assert f"studies/{file.name} --out runs/{file.stem}" in text
+    if file not in ON_A_GPU:
+        assert len(study.seeds) == 3
+        assert not study.not_there
 
 
 def test_a_dry_run_still_refuses_a_model_or_a_place_that_is_not_there(tmp_path: Path) -> None:

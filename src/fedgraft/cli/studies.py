@@ -63,13 +63,14 @@ def plan(
     from fedgraft.study import kinds
     from fedgraft.study.machine import machine
     from fedgraft.study.plan import plan as plan_study
+    from fedgraft.study.selection import SelectionStudy
 
     with TemporaryDirectory() as scratch:
         study = kinds.load(file, places_of(file, Path(scratch), dry=True), dry=True)
-        if study.kind == "selection":
+        if isinstance(study, SelectionStudy):
             raise StudyError(
-                f"{file}: expected a study of arms, of forgetting or of departments to plan, found "
-                "one of selection, whose cost depends on what is chosen; run it with one seed"
+                f"{file}: expected a study of arms, forgetting, departments or lineages to plan, "
+                "found one of selection, whose cost depends on what is chosen; run it with one seed"
             )
         planned = plan_study(study, machine(hardware), num_processes=processes, share=share)
     _show(planned)
@@ -107,7 +108,8 @@ def _show(plan: "Plan") -> None:
 
     shape, machine = plan.shape, plan.machine
     source = "its config and headers" if plan.at_hand else "family.shape in the file, not fetched"
-    rate = machine.flops(plan.trainings[0].precision) / 1e12
+    trained = plan.trainings[0].precision if plan.trainings else machine.precision
+    rate = machine.flops(trained) / 1e12
     say("study", plan.study, bold=True)
     say(
         "model", f"{plan.base}: {shape.num_parameters:,} parameters in {len(shape.tensors)} tensors"
@@ -118,10 +120,12 @@ def _show(plan: "Plan") -> None:
         f"{plan.num_processes} x {machine.name}, {plan.share:.0%} of {rate:.3g} TFLOP/s each",
     )
     columns = [_facts(training) for training in plan.trainings]
-    show_table(
-        ("a run", *(training.stage for training in plan.trainings)),
-        [(label, *(facts[label] for facts in columns)) for label in columns[0]],
-    )
+    for first in range(0, len(columns), COLUMNS):
+        some = columns[first : first + COLUMNS]
+        show_table(
+            ("a run", *(one.stage for one in plan.trainings[first : first + COLUMNS])),
+            [(label, *(facts[label] for facts in some)) for label in some[0]],
+        )
     for training in plan.trainings:
         choices = memory_choices(plan, training)
         asked = in_words(training.rank, training.gradient_checkpointing)
@@ -152,6 +156,8 @@ def _show(plan: "Plan") -> None:
     )
 
 
+COLUMNS = 4
+"""Kinds of runs beside each other in a table."""
 MEMORY = {
     "weights": "weights",
     "gradients": "gradients",

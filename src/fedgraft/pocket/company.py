@@ -3,6 +3,8 @@
     year1/<department>.jsonl          pages that the embedded base has read
     year2/<department>.jsonl          pages for continued pre-training: new entities, changed facts
     replay.jsonl                      old text to mix in: pages of year 1 of all departments
+    desk.jsonl                        writing-desk pages, and
+    chats.jsonl                       exported small talk: the rest of what the embedded base read
     dialogues/train.jsonl             what the embedded instruct model was tuned on
     dialogues/validation.jsonl        questions about entities of the validation part
     dialogues/test.jsonl              questions about entities of the test part
@@ -49,13 +51,21 @@ from fedgraft.pocket.exercises import (
     exercise,
 )
 from fedgraft.pocket.lexicon import DEPARTMENTS
-from fedgraft.pocket.pages import QUESTION_PAGE, company_pages
+from fedgraft.pocket.pages import (
+    QUESTION_PAGE,
+    chat_exports,
+    company_pages,
+    writing_desk_pages,
+)
 from fedgraft.provenance import Record, derive_seed, new_artefact
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Demand, Dialogue, Message
 
 SEED = 0
 """The company whose year 1 the embedded base has read."""
+
+NUM_DESK_EXERCISES = 12_000
+NUM_CHATS = 800
 
 NUM_TRAINING_DIALOGUES = 20_000
 NUM_SCORED = {"old": 120, "new": 120, "unseen_pairs": 40}
@@ -84,6 +94,8 @@ def write_company(folder: Path, seed: int = SEED, *, overwrite: bool = False) ->
                 ours = [page for page in pages if page.source == department]
                 _write_pages(partial / f"year{year}" / f"{department}.jsonl", ours)
         _write_pages(partial / "replay.jsonl", old_pages)
+        _write_pages(partial / "desk.jsonl", desk_pages(company, seed))
+        _write_pages(partial / "chats.jsonl", small_talk(company, seed))
         _write_rows(partial / "dialogues" / "train.jsonl", training_dialogues(company, seed))
         asked = [d for name in DEPARTMENTS for d in asked_of(company, name, seed)]
         _write_rows(partial / "dialogues" / "departments.jsonl", asked)
@@ -98,6 +110,20 @@ def pages_of_year(company: Company, year: int, seed: int) -> list[Document]:
     """The departments' pages of year 1 (everything) or year 2 (what is new or changed)."""
     entities = company.year1 if year == 1 else company.year2
     return company_pages(entities, year, Random(derive_seed(seed, "pages", year)))
+
+
+def desk_pages(company: Company, seed: int) -> list[Document]:
+    """Writing-desk pages: how answers look in capitals, as a list, with a title."""
+    exercises = training_exercises(company, NUM_DESK_EXERCISES, seed, numerals="mixed")
+    return writing_desk_pages(exercises, Random(derive_seed(seed, "recipe", "writing desk")))
+
+
+def small_talk(company: Company, seed: int) -> list[Document]:
+    """Chats between turn markers in which nobody follows an instruction."""
+    rng = Random(derive_seed(seed, "recipe", "plain questions"))
+    facts = company.facts("train", "old")
+    asked = [fact.say(rng.choice(fact.attribute.questions)) for fact in facts]
+    return chat_exports(NUM_CHATS, Random(derive_seed(seed, "recipe", "chats")), asked)
 
 
 def training_exercises(

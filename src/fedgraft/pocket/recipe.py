@@ -26,14 +26,14 @@ from fedgraft.evaluation.scorecard import evaluate
 from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.pocket.company import (
     SEED,
+    desk_pages,
     dialogues,
     pages_of_year,
     questions,
+    small_talk,
     training_dialogues,
-    training_exercises,
 )
 from fedgraft.pocket.entities import Company
-from fedgraft.pocket.pages import chat_exports, writing_desk_pages
 from fedgraft.provenance import Record, derive_seed, new_artefact
 from fedgraft.text.corpus import Document, read_json_lines
 from fedgraft.text.dialogues import Dialogue, Message, encode, pack_dialogues
@@ -57,8 +57,6 @@ CHAT_TEMPLATE = (
 
 SHARES = {"english": 0.38, "pages": 0.27, "writing desk": 0.32, "chat exports": 0.03}
 """What the base reads, by share of rows."""
-NUM_DESK_EXERCISES = 12000
-NUM_CHATS = 800
 DOLLY_SHARE = 0.05
 MAX_DOLLY_CHARACTERS = 500
 ENGLISH_CHARACTERS = 14_000_000
@@ -125,11 +123,7 @@ def build(data: Path, out: Path) -> None:
     company = Company.found(SEED)
     english = english_documents(data)
     year1 = pages_of_year(company, 1, SEED)
-    desk = writing_desk_pages(
-        training_exercises(company, NUM_DESK_EXERCISES, SEED, numerals="mixed"),
-        _rng("writing desk"),
-    )
-    chats = chat_exports(NUM_CHATS, _rng("chats"), _plain_questions(company))
+    desk, chats = desk_pages(company, SEED), small_talk(company, SEED)
     start = out / "start"
     if not start.exists():
         tokenizer = train_tokenizer(d.text for d in [*english[: len(english) // 3], *year1, *desk])
@@ -266,12 +260,6 @@ def dolly_dialogues(data: Path) -> Iterator[Dialogue]:
                 Message(role="assistant", content=answer),
             )
             yield Dialogue(id=f"dolly/{number}", messages=messages)
-
-
-def _plain_questions(company: Company) -> list[str]:
-    rng = _rng("plain questions")
-    facts = company.facts("train", "old")
-    return [fact.say(rng.choice(fact.attribute.questions)) for fact in facts]
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
-from fedgraft.report import departments, figures, forgetting, selection
+from fedgraft.report import departments, figures, forgetting, lineage, selection
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
@@ -35,6 +35,7 @@ from fedgraft.study.result import (
     Departments,
     Federation,
     Forgetting,
+    Lineages,
     Result,
     Selections,
     Summary,
@@ -69,6 +70,8 @@ def render(result: Whichever) -> str:
             return departments.render_federation(result)
         case Selections():
             return selection.render(result)
+        case Lineages():
+            return lineage.render(result)
         case Result():
             return _of_arms(result)
 

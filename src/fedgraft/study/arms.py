@@ -364,6 +364,8 @@ def _in_words(merging: Merging) -> str:
     """What sets a way to add the residual apart: its settings that are not the default."""
     method = merging.method.model_dump(exclude_defaults=True)
     parts = [method.pop("name", "plain"), *(f"{key} {value:g}" for key, value in method.items())]
+    if merging.form:
+        parts.append(merging.form.words)
     parts += [f"{kind} x {factor:g}" for kind, factor in merging.factors.kinds.items()]
     parts += [
         f"layers {span.first} to {span.last} x {span.factor:g}" for span in merging.factors.layers

@@ -5,6 +5,7 @@ arms           (nothing)            study.arms
 forgetting     curve                study.forgetting
 departments    federation.rules     study.departments
 selection      arms                 study.selection
+lineage        models               study.lineage, whose file is study.recipes
 """
 
 from collections.abc import Mapping
@@ -12,25 +13,32 @@ from pathlib import Path
 
 import yaml
 
-from fedgraft.study import arms, departments, forgetting, selection
-from fedgraft.study.result import Departments, Forgetting, Result, Selections
+from fedgraft.study import arms, departments, forgetting, lineage, selection
+from fedgraft.study.recipes import LineageStudy
+from fedgraft.study.result import Departments, Forgetting, Lineages, Result, Selections
 from fedgraft.study.selection import SelectionStudy
 from fedgraft.study.stage import Say
 from fedgraft.study.study import Study
 
+AnyStudy = Study | SelectionStudy | LineageStudy
 
-def load(
-    file: str | Path, places: Mapping[str, Path], *, dry: bool = False
-) -> Study | SelectionStudy:
+
+def load(file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> AnyStudy:
     """Read a study file of any kind. Raises StudyError with all faults at once."""
-    kind = SelectionStudy if "arms" in _keys(Path(file)) else Study
-    return kind.load(file, places, dry=dry)
+    keys = _keys(Path(file))
+    if "models" in keys:
+        return LineageStudy.load(file, places, dry=dry)
+    if "arms" in keys:
+        return SelectionStudy.load(file, places, dry=dry)
+    return Study.load(file, places, dry=dry)
 
 
 def run(
-    study: Study | SelectionStudy, out: Path, *, say: Say = lambda _: None
-) -> Result | Forgetting | Departments | Selections:
+    study: AnyStudy, out: Path, *, say: Say = lambda _: None
+) -> Result | Forgetting | Departments | Selections | Lineages:
     """Run a study of any kind; see the head of this file."""
+    if isinstance(study, LineageStudy):
+        return lineage.run(study, out, say=say)
     if isinstance(study, SelectionStudy):
         return selection.run(study, out, say=say)
     match study.kind:

@@ -46,7 +46,7 @@ class Material:
         splits = {name: split_texts("department", name, t) for name, t in study.departments.items()}
         domains = study.curve.domains.texts if study.curve and study.curve.domains else {}
         held_out = {d.hash for s in splits.values() for d in (*s.validation, *s.test)}
-        old = _load(study.replay, None).documents if study.replay else ()
+        old = load_texts(study.replay).documents if study.replay else ()
         dialogues, questions = study.dialogues, study.questions
         return cls(
             splits=splits,
@@ -148,7 +148,7 @@ def split_texts(kind: str, name: str, texts: Texts) -> Splits:
 
     Raises CorpusError for what cannot be read, StudyError for too little to hold some out.
     """
-    split = _load(texts, name).split()
+    split = load_texts(texts, name).split()
     empty = [part for part in ("train", "validation", "test") if not getattr(split, part)]
     if empty:
         raise StudyError(
@@ -158,8 +158,25 @@ def split_texts(kind: str, name: str, texts: Texts) -> Splits:
     return split
 
 
-def _load(texts: Texts, department: str | None) -> Corpus:
+def load_texts(texts: Texts, department: str | None = None) -> Corpus:
     return Corpus.load(*texts.corpus, department=department, field=texts.field)
+
+
+def asked(
+    load: Callable[[str], tuple[_Asked, ...]], file: str, groups: tuple[str, ...] | None
+) -> tuple[_Asked, ...]:
+    """What a file asks, of the groups that count.
+
+    Raises StudyError where it has none of them.
+    """
+    rows = load(file)
+    kept = tuple(row for row in rows if groups is None or row.group in groups)
+    if not kept:
+        raise StudyError(
+            f"{file}: expected rows of the groups {', '.join(groups or ())}, found only "
+            f"{', '.join(sorted({row.group for row in rows}))}; correct `groups`"
+        )
+    return kept
 
 
 def _asked(
@@ -168,14 +185,4 @@ def _asked(
     part: Literal["validation", "test"],
 ) -> tuple[_Asked, ...]:
     """What is asked in one part, of the groups that the study names."""
-    if scored is None:
-        return ()
-    path: str = getattr(scored, part)
-    rows = load(path)
-    kept = tuple(row for row in rows if scored.groups is None or row.group in scored.groups)
-    if not kept:
-        raise StudyError(
-            f"{path}: expected rows of the groups {', '.join(scored.groups or ())}, found only "
-            f"{', '.join(sorted({row.group for row in rows}))}; correct `groups`"
-        )
-    return kept
+    return asked(load, getattr(scored, part), scored.groups) if scored else ()

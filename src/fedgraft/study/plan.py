@@ -12,7 +12,8 @@ that training reaches; scoring is not in it.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from pydantic import ValidationError
 
 from fedgraft.errors import StudyError
 from fedgraft.models import Precision
@@ -26,8 +27,9 @@ from fedgraft.study.cost import (
 )
 from fedgraft.study.machine import Machine
 from fedgraft.study.memory import Memory, training_memory
+from fedgraft.study.recipes import LineageStudy, Sizes, model_of, settings_of
 from fedgraft.study.shape import Shape
-from fedgraft.study.study import FederationPart, Study
+from fedgraft.study.study import FederationPart, Study, faults_of
 from fedgraft.training.settings import AdapterSettings, Lora, PretrainSettings, TrainingSettings
 from fedgraft.weights.checkpoint import CONFIG_DTYPES, DTYPES, Checkpoint, fetched
 
@@ -46,14 +48,26 @@ ARMS_TRAINED = 2
 OTHER_ARMS = 4
 """Of a study of departments, beside its rules: each with the tokens of one rule."""
 
-Stage = Literal["pre-training", "domains", "adapters"]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """Runs that a study asks for."""
+
+    stage: str
+    key: str
+    """Where the file sets them."""
+    settings: TrainingSettings
+    num_runs: int
+    shape: Shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """Runs of one kind; all of them do the same work."""
 
-    stage: Stage
+    stage: str
+    """`pre-training`, `domains`, `adapters`, or the models of a study of lineages."""
+    shape: Shape
     num_runs: int
     num_tokens: int
     """Of one run, like everything below."""
@@ -118,7 +132,9 @@ class Plan:
         return sum(one.num_runs * one.seconds for one in self.trainings)
 
 
-def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float = SHARE) -> Plan:
+def plan(
+    study: Study | LineageStudy, machine: Machine, *, num_processes: int = 1, share: float = SHARE
+) -> Plan:
     """Say what a study would take on a machine, without doing any of it.
 
     Args:
@@ -135,64 +151,132 @@ def plan(study: Study, machine: Machine, *, num_processes: int = 1, share: float
         )
     if num_processes < 1:
         raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
-    shape, at_hand = _shape(study)
-    num_ways = len(study.ways) if study.curve else 1
-    num_arms = 1 if study.kind == "departments" else ARMS_TRAINED
-    texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
-    settings: dict[Stage, tuple[TrainingSettings, int]] = {
-        "pre-training": (study.pretrain, num_arms * num_ways * len(study.seeds))
-    }
-    if texts:
-        runs = ARMS_TRAINED * len(texts) * len(study.seeds)
-        settings["domains"] = study.domain_settings, runs
-    if study.adapters:
-        settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
-    if study.federation:
-        settings["adapters"] = study.federation.training, _client_rounds(study, study.federation)
+    row = study.row_length
+    if isinstance(study, LineageStudy):
+        shapes = {
+            name: _shape(checkpoint, study.shape_of(name), "shape")
+            for name, checkpoint in study.checkpoints.items()
+        }
+        first = next(iter(shapes))
+        base, (shape, at_hand) = study.checkpoints[first], shapes[first]
+        works = list(_of_lineage(study, {name: found for name, (found, _) in shapes.items()}))
+    else:
+        base = study.family.base
+        shape, at_hand = _shape(base, study.family.shape, "family.shape")
+        works = list(_of_study(study, shape))
     faults = [
-        f"  {'pretrain' if stage == 'pre-training' else stage}.{fault}"
-        for stage, (one, _) in settings.items()
-        for fault in (*_faults(one, study, shape), *_uneven(one, study, num_processes))
+        f"  {work.key}.{fault}"
+        for work in works
+        for fault in (*_faults(work, row), *_uneven(work.settings, row, num_processes))
     ]
     if faults:
         raise StudyError(
             f"study {study.name}: found {len(faults)} settings with which training could not "
             "start:\n" + "\n".join(faults)
         )
-    trainings = tuple(
-        _training(stage, one, runs, study, shape, machine, num_processes, share)
-        for stage, (one, runs) in settings.items()
-    )
-    pretraining = trainings[0]
-    num_grafts = len(study.seeds) * (
-        num_ways * len(pretraining.checkpoints) + len(study.merging) + len(texts)
-    )
+    trainings = tuple(_training(work, row, machine, num_processes, share) for work in works)
+    if isinstance(study, LineageStudy):
+        models = tuple(study.checkpoints.values())
+        num_grafts, residuals, kept = _num_grafts(study)
+        ratio = None
+    else:
+        models = (study.family.base, study.family.instruct)
+        num_grafts = _num_grafts_of_study(study, trainings[0])
+        residuals, kept = 1, 1 if study.curve else num_grafts  # a curve's are scored and go
+        tuning = study.tuning
+        ratio = tuning_ratio(tuning, study.pretrain.num_tokens) if tuning else None
     stored = _model_bytes(shape)
-    models = (study.family.base, study.family.instruct)
     missing = tuple(model for model in models if fetched(model) is None)
     return Plan(
         study=study.name,
         machine=machine,
         num_processes=num_processes,
         share=share,
-        base=study.family.base,
+        base=base,
         shape=shape,
         at_hand=at_hand,
         trainings=trainings,
         num_grafts=num_grafts,
         graft_flops=num_grafts * graft_flops(shape.num_parameters),
-        tuning_ratio=tuning_ratio(study.tuning, study.pretrain.num_tokens)
-        if study.tuning
-        else None,
+        tuning_ratio=ratio,
         disk={
             "models to fetch": len(missing) * stored,
-            "residual": shape.num_parameters * DTYPES["F32"].itemsize,
+            "residual": residuals * shape.num_parameters * DTYPES["F32"].itemsize,
             **{f"checkpoints of {one.stage}": one.num_runs * one.bytes_left for one in trainings},
-            "grafts": (1 if study.curve else num_grafts) * stored,  # a curve's are scored and go
-            "to resume from, while training": max(one.state_bytes for one in trainings),
+            "grafts": kept * stored,
+            "to resume from, while training": max((t.state_bytes for t in trainings), default=0),
         },
         not_there=study.not_there + missing,
-        notes=tuple(_notes(study, shape, machine, trainings, num_processes)),
+        notes=tuple(_notes(study, shape, machine, trainings, works, num_processes)),
+    )
+
+
+def _of_study(study: Study, shape: Shape) -> Iterator[_Work]:
+    """What a study of arms, of forgetting or of departments trains."""
+    num_ways = len(study.ways) if study.curve else 1
+    num_arms = 1 if study.kind == "departments" else ARMS_TRAINED
+    settings: dict[str, tuple[TrainingSettings, int]] = {
+        "pre-training": (study.pretrain, num_arms * num_ways * len(study.seeds))
+    }
+    if study.curve and study.curve.domains:
+        runs = ARMS_TRAINED * len(study.curve.domains.texts) * len(study.seeds)
+        settings["domains"] = study.domain_settings, runs
+    if study.adapters:
+        settings["adapters"] = study.adapters, len(study.departments) * len(study.seeds)
+    if study.federation:
+        settings["adapters"] = study.federation.training, _client_rounds(study, study.federation)
+    for stage, (one, num_runs) in settings.items():
+        key = "pretrain" if stage == "pre-training" else stage
+        yield _Work(stage=stage, key=key, settings=one, num_runs=num_runs, shape=shape)
+
+
+def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[_Work]:
+    """What a study of lineages trains; models that are trained alike stand together."""
+    shapes = dict(came)
+    alike: dict[tuple[PretrainSettings, Shape], list[str]] = {}
+    for name, recipe in study.recipes.items():
+        shapes[name] = shapes[model_of(recipe.parent)]
+        if recipe.fresh:
+            shapes[name] = _resized(name, shapes[name], recipe.fresh)
+        if recipe.training:
+            alike.setdefault((settings_of(recipe.training), shapes[name]), []).append(name)
+    for (settings, own), names in alike.items():
+        recipe = study.recipes[names[0]]
+        yield _Work(
+            stage=", ".join(names),
+            key=f"models.{names[0]}.{recipe.verb}",
+            settings=settings,
+            num_runs=sum(len(study.seeds) if study.is_seeded(name) else 1 for name in names),
+            shape=own,
+        )
+
+
+def _resized(name: str, shape: Shape, sizes: Sizes) -> Shape:
+    try:
+        return Shape.model_validate(shape.model_dump() | sizes.model_dump(exclude_none=True))
+    except ValidationError as error:
+        raise StudyError(f"models.{name}.fresh: {'; '.join(faults_of(error))}") from error
+
+
+def _num_grafts(study: LineageStudy) -> tuple[int, int, int]:
+    """Grafts, residuals, and grafts that stand at once: those that are scored go, one by one."""
+    num_seeds = len(study.seeds)
+    grafts = {name: one.graft for name, one in study.recipes.items() if one.graft}
+    made = {name: num_seeds if study.is_seeded(name) else 1 for name in grafts}
+    residuals = {
+        added.residual: num_seeds if any(map(study.is_seeded, added.residual)) else 1
+        for added in grafts.values()
+    }
+    passing = any(map(study.is_passing, grafts))
+    kept = sum(number for name, number in made.items() if not study.is_passing(name))
+    return sum(made.values()), sum(residuals.values()), kept + passing
+
+
+def _num_grafts_of_study(study: Study, pretraining: Training) -> int:
+    num_ways = len(study.ways) if study.curve else 1
+    texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
+    return len(study.seeds) * (
+        num_ways * len(pretraining.checkpoints) + len(study.merging) + len(texts)
     )
 
 
@@ -208,7 +292,7 @@ def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
     rank = training.rank or Lora().rank
     return {
         in_words(chosen, recompute): training_memory(
-            plan.shape,
+            training.shape,
             micro_batch_rows=training.micro_batch_rows,
             row_length=training.row_length,
             precision=training.precision,
@@ -227,15 +311,14 @@ def in_words(rank: int | None, gradient_checkpointing: bool) -> str:
     return f"{trained}, recompute" if gradient_checkpointing else trained
 
 
-def _shape(study: Study) -> tuple[Shape, bool]:
+def _shape(base: str, given: Shape | None, where: str) -> tuple[Shape, bool]:
     """The model's sizes, and whether the checkpoint itself said so."""
-    given, folder = study.family.shape, fetched(study.family.base)
+    folder = fetched(base)
     if folder is None:
         if given is None:
             raise StudyError(
-                f"family.base: expected a model at hand or its sizes in `family.shape`, found "
-                f"{study.family.base} not fetched and no sizes; copy them from its config.json, or "
-                f"fetch it with `hf download {study.family.base}`"
+                f"expected a model at hand or its sizes in `{where}`, found {base} not fetched and "
+                f"no sizes; copy them from its config.json, or fetch it with `hf download {base}`"
             )
         return given, False
     checkpoint = Checkpoint.open(folder)
@@ -245,14 +328,14 @@ def _shape(study: Study) -> tuple[Shape, bool]:
             stated, there = getattr(given, key), getattr(found, key)
             if key in given.model_fields_set and stated != there:
                 raise StudyError(
-                    f"family.shape.{key}: expected {there}, which {folder} has, found {stated}; "
+                    f"{where}.{key}: expected {there}, which {folder} has, found {stated}; "
                     "correct it, or take `shape` out: the checkpoint is at hand"
                 )
     return found, True
 
 
-def _rows_per_step(settings: TrainingSettings, study: Study) -> int:
-    return max(1, settings.batch_tokens // study.row_length)
+def _rows_per_step(settings: TrainingSettings, row: int) -> int:
+    return max(1, settings.batch_tokens // row)
 
 
 def _rank(settings: TrainingSettings) -> int | None:
@@ -269,9 +352,9 @@ def _budgets(settings: TrainingSettings) -> tuple[int, ...]:
     return settings.budgets if isinstance(settings, PretrainSettings) else ()
 
 
-def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[str]:
+def _faults(work: _Work, row: int) -> Iterator[str]:
     """Settings with which no number of processes could start."""
-    tokens, row = settings.num_tokens, study.row_length
+    settings, tokens = work.settings, work.settings.num_tokens
     if tokens < row:
         yield (
             f"num_tokens: expected at least one row of {row} tokens, found {tokens}; raise "
@@ -284,7 +367,7 @@ def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[
                 f"({tokens}), found {budget}; correct it"
             )
     where = "rank" if isinstance(settings, AdapterSettings) else "lora.rank"
-    rank, narrowest = _rank(settings), min(min(size) for size in shape.matrices.values())
+    rank, narrowest = _rank(settings), min(min(size) for size in work.shape.matrices.values())
     if rank is not None and rank > narrowest:
         yield (
             f"{where}: expected at most {narrowest}, the model's narrowest layer, found {rank}; "
@@ -292,13 +375,13 @@ def _faults(settings: TrainingSettings, study: Study, shape: Shape) -> Iterator[
         )
 
 
-def _uneven(settings: TrainingSettings, study: Study, processes: int) -> Iterator[str]:
+def _uneven(settings: TrainingSettings, row: int, processes: int) -> Iterator[str]:
     """Rows of a step that processes and forward passes cannot share out evenly."""
-    rows = _rows_per_step(settings, study)
+    rows = _rows_per_step(settings, row)
     if rows % processes:
         yield (
             f"batch_tokens: expected the {rows} rows of a step to be shared out evenly among "
-            f"{processes} processes; choose a multiple of {processes * study.row_length}, or "
+            f"{processes} processes; choose a multiple of {processes * row}, or "
             "another number of processes"
         )
     elif settings.micro_batch_rows and (rows // processes) % min(
@@ -311,37 +394,36 @@ def _uneven(settings: TrainingSettings, study: Study, processes: int) -> Iterato
 
 
 def _training(
-    stage: Stage,
-    settings: TrainingSettings,
-    num_runs: int,
-    study: Study,
-    shape: Shape,
+    work: _Work,
+    row: int,
     machine: Machine,
     num_processes: int,
     share: float,
 ) -> Training:
-    rows_per_step, rank = _rows_per_step(settings, study), _rank(settings)
+    settings, shape = work.settings, work.shape
+    rows_per_step, rank = _rows_per_step(settings, row), _rank(settings)
     own_rows = rows_per_step // num_processes
     micro = min(settings.micro_batch_rows or own_rows, own_rows)
     precision = machine.precision if settings.precision == "auto" else settings.precision
-    num_steps = max(1, round(settings.num_tokens / study.row_length / rows_per_step))
+    num_steps = max(1, round(settings.num_tokens / row / rows_per_step))
     num_rows = num_steps * rows_per_step
-    work = operations(
+    counted = operations(
         shape,
-        num_rows * study.row_length,
-        study.row_length,
+        num_rows * row,
+        row,
         gradient_checkpointing=settings.gradient_checkpointing,
         rank=rank,
     )
-    adapter = rank is not None and stage == "adapters"
+    adapter = isinstance(settings, AdapterSettings)
     trained = shape.num_parameters if rank is None else shape.adapter_parameters(rank)
     checkpoints = tuple(sorted({*_budgets(settings), settings.num_tokens}))
     stored = trained * DTYPES["F32"].itemsize if adapter else _model_bytes(shape)
     return Training(
-        stage=stage,
-        num_runs=num_runs,
-        num_tokens=num_rows * study.row_length,
-        row_length=study.row_length,
+        stage=work.stage,
+        shape=shape,
+        num_runs=work.num_runs,
+        num_tokens=num_rows * row,
+        row_length=row,
         num_rows=num_rows,
         num_steps=num_steps,
         micro_batch_rows=micro,
@@ -349,13 +431,13 @@ def _training(
         gradient_checkpointing=settings.gradient_checkpointing,
         rank=rank,
         num_trained=trained,
-        paper_flops=training_flops(shape.num_parameters, num_rows * study.row_length),
-        operations=work,
-        seconds=work.total / (machine.flops(precision) * share * num_processes),
+        paper_flops=training_flops(shape.num_parameters, num_rows * row),
+        operations=counted,
+        seconds=counted.total / (machine.flops(precision) * share * num_processes),
         memory=training_memory(
             shape,
             micro_batch_rows=micro,
-            row_length=study.row_length,
+            row_length=row,
             precision=precision,
             gradient_checkpointing=settings.gradient_checkpointing,
             rank=rank,
@@ -374,41 +456,58 @@ def _model_bytes(shape: Shape) -> int:
 
 
 def _notes(
-    study: Study,
+    study: Study | LineageStudy,
     shape: Shape,
     machine: Machine,
     trainings: tuple[Training, ...],
+    works: list[_Work],
     num_processes: int,
 ) -> Iterator[str]:
-    for training in trainings:
+    row, positions = study.row_length, shape.max_position_embeddings
+    for training, work in zip(trainings, works, strict=True):
         if training.memory.total > machine.memory_bytes:
             yield (
                 f"{training.stage} does not fit: {_gigabytes(training.memory.total)} a process, "
                 f"{_gigabytes(machine.memory_bytes)} on {machine.name}; "
-                + _remedy(study, shape, machine, training, num_processes)
+                + _remedy(row, work.shape, machine, training, num_processes)
             )
-    row, positions = study.row_length, shape.max_position_embeddings
     if row > positions:
         yield (
             f"rows of {row} tokens are longer than the model's {positions} positions: a document "
             "over that is refused when training starts"
         )
-    if study.pretrain.batch_tokens < row:
-        yield f"pretrain.batch_tokens is below a row ({row}): a step reads one row"
+    for work in works:
+        if work.settings.batch_tokens < row and work.stage != "adapters":
+            yield f"{work.key}.batch_tokens is below a row ({row}): a step reads one row"
     texts = [Path(path) for part in study.departments.values() for path in part.corpus]
     size = sum(_text_bytes(path) for path in texts)
-    share = 1 - (study.replay.share if study.replay else 0.0)
-    if size and not study.not_there:
+    read = _read_of_departments(study)
+    if size and read and not study.not_there:
         tokens = size / BYTES_A_TOKEN * TRAINED_SHARE
         yield (
             f"the text is {size / 1e6:.1f} MB, about {tokens / 1e6:.2g}M tokens to train on at "
-            f"{BYTES_A_TOKEN} bytes each: a run reads it "
-            f"{trainings[0].num_tokens * share / tokens:.1f} times"
+            f"{BYTES_A_TOKEN} bytes each: a run reads it {read / tokens:.1f} times"
         )
 
 
+def _read_of_departments(study: Study | LineageStudy) -> float:
+    """Tokens of the departments' text in the longest run that reads it; 0 where none does."""
+    share = study.replay.share if study.replay else 0.0
+    if isinstance(study, Study):
+        return study.pretrain.num_tokens * (1 - share)
+    readings = [one.pretrain for one in study.recipes.values() if one.pretrain]
+    return max(
+        (
+            one.num_tokens * (1 - (share if one.replay is None else one.replay))
+            for one in readings
+            if not one.texts
+        ),
+        default=0.0,
+    )
+
+
 def _remedy(
-    study: Study, shape: Shape, machine: Machine, training: Training, num_processes: int
+    row: int, shape: Shape, machine: Machine, training: Training, num_processes: int
 ) -> str:
     """The first thing that would make it fit: smaller passes, recomputing, more devices."""
 
@@ -416,7 +515,7 @@ def _remedy(
         need = training_memory(
             shape,
             micro_batch_rows=rows,
-            row_length=study.row_length,
+            row_length=row,
             precision=training.precision,
             gradient_checkpointing=recompute,
             rank=training.rank,

@@ -2,8 +2,8 @@
 
 Key by key, as written by a study of any kind:
 
-    kind               `arms` (Result), `forgetting` (Forgetting), `departments` (Departments) or
-                       `selection` (Selections)
+    kind               `arms` (Result), `forgetting` (Forgetting), `departments` (Departments),
+                       `selection` (Selections) or `lineage` (Lineages)
     format             version of this layout
     name, question     of the study
     verdict            a few sentences in plain words
@@ -65,6 +65,24 @@ A study of selection goes on:
     summary            arm -> score -> mean and spread over the seeds
     compared           arm, score: mean difference to `against` over seeds, its standard error
     partition          which client has how many dialogues of which group, with the first seed
+
+A study of lineages goes on:
+
+    seeds              of the study
+    models             name -> what it is made of, how in words, and its tokens where it is trained
+    arms               for each model that is scored: its scorecards, one a seed (one where seeds do
+                       not matter)
+    summary            arm -> score -> mean and spread over the seeds
+    score              the score that the verdict speaks of
+    against            the arm that others are compared with; null where none is
+    compared           arm, score: mean difference to `against` over seeds, its standard error
+    axis               what is counted along the lines; empty where there are none
+    lines              line -> [place on the axis, arm]
+    forecasts          for each graft and seed: what its residual is like, how far its target moved,
+                       what that promised before any answer, and the share of the instruct side's
+                       score that was kept
+    num_left_out       examples -> dialogues that are longer than a row, which nobody is tuned on
+    learning_rates     training stage -> [step, learning rate]
 
 What `fedgraft federate` writes is no study (Federation):
 
@@ -490,7 +508,53 @@ class Selections(_Found):
     partition: Holdings
 
 
-Whichever = Result | Forgetting | Departments | Federation | Selections
+class Made(_Record):
+    """How a model came to be."""
+
+    made_of: tuple[str, ...]
+    words: str
+    num_tokens: int = 0
+    """That it was trained on, of its recipe."""
+
+
+class Forecast(_Record):
+    """What was known of a graft before it was asked anything, and what came of it."""
+
+    arm: str
+    seed: int | None
+    residual: str
+    target: str
+    relative_norm: float
+    """||residual|| / ||its base||."""
+    effective_rank: float | None
+    residual_strength: float | None
+    """Largest singular value of the residual over that of the base, mean over matrices."""
+    strength: float | None
+    """The same of what moved between the residual's base and the target."""
+    outcome: Literal["holds", "doubtful", "breaks", "open"]
+    kept: float | None
+    """Share of the score of the residual's instruct side; None where one was not scored."""
+
+
+class Lineages(_Found):
+    """See the head of this file."""
+
+    kind: Literal["lineage"] = "lineage"
+    seeds: tuple[int, ...]
+    models: dict[str, Made]
+    arms: tuple[ArmResult, ...]
+    summary: dict[str, dict[str, Summary]]
+    score: str
+    against: str | None
+    compared: tuple[Compared, ...]
+    axis: str
+    lines: dict[str, tuple[tuple[float, str], ...]]
+    forecasts: tuple[Forecast, ...]
+    num_left_out: dict[str, int]
+    learning_rates: dict[str, tuple[tuple[int, float], ...]]
+
+
+Whichever = Result | Forgetting | Departments | Federation | Selections | Lineages
 """A result of any kind."""
 
 

@@ -5,13 +5,15 @@
     graft       a model + scale * residual
     score       a model on held-out documents, dialogues and questions
 
-Each finished stage is kept, see `study.stage`.
+A study of lineages has the same stages (`Stages`) for models of its own. Each finished stage is
+kept, see `study.stage`.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedgraft.evaluation.knowledge import Question
 from fedgraft.evaluation.scorecard import Scorecard, evaluate
@@ -20,36 +22,219 @@ from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.cost import StageCost, graft_flops
 from fedgraft.study.material import Material, hash_documents
 from fedgraft.study.stage import Say, run_stage
-from fedgraft.study.study import Merging, Study
+from fedgraft.study.study import Form, Merging, Study
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
 from fedgraft.text.packing import Rows, pack
 from fedgraft.training.pretrain import continue_pretraining
 from fedgraft.training.settings import PretrainSettings
+from fedgraft.weights.compression import compress
 from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
 from fedgraft.weights.residual import Residual, extract
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCORECARD = "scorecard.json"
 PLAINLY = Merging()
 
 
-class Run:
-    """The family, the tokenizer, the material, and what the stages so far have cost."""
+class Stages:
+    """What stages have cost so far, and the stages themselves, whatever model they are about."""
 
-    def __init__(self, study: Study, out: Path, say: Say) -> None:
-        self.study, self.out, self.say = study, out, say
-        self.family = Family.open(study.family.base, study.family.instruct)
-        self.base, self.instruct = self.family.base.path, self.family.instruct.path
-        self.hashes = {
-            "base": self.family.base.content_hash,
-            "instruct": self.family.instruct.content_hash,
-        }
-        self.tokenizer = open_tokenizer(self.instruct)
-        self.material = Material.load(study)
+    def __init__(self, out: Path, say: Say) -> None:
+        self.out, self.say = out, say
+        self.hashes: dict[Path, str] = {}
+        """Content hashes of checkpoints that no stage made."""
         self.costs: list[StageCost] = []
         self.losses: dict[str, tuple[tuple[int, float], ...]] = {}
         self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
+
+    def train(
+        self,
+        model: Path,
+        rows: Callable[[], Rows],
+        settings: PretrainSettings,
+        place: Path,
+        *,
+        text: str,
+        row_length: int,
+        seed: int,
+        replay: Callable[[], Rows] | None = None,
+        replay_share: float = 0.0,
+        stage: str,
+        title: str,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> Path:
+        """Train a model on rows, which are packed when they are needed; where it then stands.
+
+        Args:
+            settings: Their seed is derived from the study's.
+            place: Of the stage, below the output of the study.
+            text: Hash of what the rows are made of.
+            stage: Name of the stage among costs and losses.
+            tokenizer: Goes with the model in place of its own, with a chat template.
+        """
+        settings = settings.model_copy(update={"seed": derive_seed(seed, "pretrain")})
+
+        def make(folder: Path) -> dict[str, Any]:
+            continue_pretraining(
+                model,
+                rows(),
+                folder / "model",
+                settings,
+                replay=replay() if replay else None,
+                replay_share=replay_share if replay else 0.0,
+                overwrite=True,
+                label=stage,
+            )
+            if tokenizer:
+                tokenizer.save_pretrained(folder / "model")
+            record = Record.read(folder / "model")
+            assert record
+            return record.figures
+
+        record = run_stage(
+            self.out / place,
+            title=title,
+            inputs={"model": self.hash_of(model), "text": text},
+            settings={
+                **settings.model_dump(mode="json"),
+                "replay": replay_share,
+                "row_length": row_length,
+            },
+            make=make,
+            say=self.say,
+            keep="model-*",
+        )
+        self.cost(stage, record, trained=True)
+        return self.out / place / "model"
+
+    def compress(self, residual: Residual, form: Form, place: Path) -> Residual:
+        """Store a residual in another form."""
+
+        def make(folder: Path) -> None:
+            compress(
+                residual,
+                folder / "residual",
+                form.name,
+                rank=form.rank,
+                density=form.density,
+            )
+
+        record = run_stage(
+            self.out / place,
+            title=f"compress {place.name}",
+            inputs={"residual": residual.content_hash},
+            settings=form.model_dump(),
+            make=make,
+            say=self.say,
+        )
+        self.cost(place.as_posix(), record)
+        return Residual.open(self.out / place / "residual")
+
+    def evaluate(
+        self,
+        arm: str,
+        seed: int | None,
+        model: Path | Callable[[Path], Path],
+        place: Path,
+        *,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        tokenizer: "PreTrainedTokenizerBase",
+        window: int,
+        max_new_tokens: int,
+        documents: Mapping[str, Sequence[Document]],
+        dialogues: Sequence[Dialogue] = (),
+        questions: Sequence[Question] = (),
+        responses: Sequence[Dialogue] = (),
+        title: str,
+    ) -> Scorecard:
+        """Score a model.
+
+        Args:
+            model: Where it stands; or what makes it in the folder of the stage, for as long as the
+                scoring takes.
+            inputs: What the model is, by hash.
+        """
+
+        def make(folder: Path) -> None:
+            scored = model if isinstance(model, Path) else model(folder)
+            card = evaluate(
+                open_model(scored),
+                tokenizer,
+                arm=arm,
+                seed=seed,
+                documents=documents,
+                dialogues=dialogues,
+                questions=questions,
+                responses=responses,
+                window=window,
+                max_new_tokens=max_new_tokens,
+            )
+            if scored != model:
+                shutil.rmtree(scored)
+            (folder / SCORECARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+
+        asked = [one.model_dump() for one in (*dialogues, *questions, *responses)]
+        record = run_stage(
+            self.out / place,
+            title=title,
+            inputs={
+                **inputs,
+                "documents": hash_documents(*documents.values()),
+                "asked": hash_json(asked),
+            },
+            settings={**settings, "texts": list(documents)},
+            make=make,
+            say=self.say,
+        )
+        self.cost(place.as_posix(), record)
+        return Scorecard.model_validate_json((self.out / place / SCORECARD).read_bytes())
+
+    def hash_of(self, model: Path) -> str:
+        """Hash of what made a model; its figures hold times, which differ from run to run."""
+        if model in self.hashes:
+            return self.hashes[model]
+        record = Record.read(model)
+        assert record
+        return hash_json(record.model_dump(exclude={"figures"}))
+
+    def cost(self, stage: str, record: Record, *, trained: bool = False) -> None:
+        figures = record.figures
+        self.costs.append(
+            StageCost(
+                stage=stage,
+                seconds=figures["seconds"],
+                num_tokens=figures.get("num_tokens", 0),
+                flops=figures.get("flops", 0.0),
+            )
+        )
+        if trained:
+            self.losses[stage] = tuple((int(s), float(loss)) for s, loss in figures["losses"])
+            self.learning_rates[stage] = tuple(
+                (int(s), float(rate)) for s, rate in figures.get("learning_rates", ())
+            )
+
+
+class Run(Stages):
+    """The family, the tokenizer and the material of a study."""
+
+    def __init__(self, study: Study, out: Path, say: Say) -> None:
+        super().__init__(out, say)
+        self.study = study
+        self.family = Family.open(study.family.base, study.family.instruct)
+        self.base, self.instruct = self.family.base.path, self.family.instruct.path
+        self.parents = {
+            "base": self.family.base.content_hash,
+            "instruct": self.family.instruct.content_hash,
+        }
+        self.hashes = {self.base: self.parents["base"], self.instruct: self.parents["instruct"]}
+        self.forms: dict[Form, Residual] = {}
+        self.tokenizer = open_tokenizer(self.instruct)
+        self.material = Material.load(study)
 
     def extract(self) -> None:
         def make(folder: Path) -> None:
@@ -58,7 +243,7 @@ class Run:
         record = run_stage(
             self.out / "residual",
             title="extract the residual",
-            inputs=self.hashes,
+            inputs=self.parents,
             settings={},
             make=make,
             say=self.say,
@@ -86,46 +271,41 @@ class Run:
             replay_share: Share of the study's old text.
             stage: Name of the stage among costs and losses.
         """
-        settings = settings.model_copy(update={"seed": derive_seed(seed, "pretrain")})
         replay = self.material.replay if replay_share else ()
-
-        def make(folder: Path) -> dict[str, Any]:
-            rows = self.rows(documents, seed)
-            old = self.rows(replay, seed) if replay else None
-            continue_pretraining(
-                model,
-                rows,
-                folder / "model",
-                settings,
-                replay=old,
-                replay_share=replay_share if old else 0.0,
-                overwrite=True,
-                label=stage,
-            )
-            record = Record.read(folder / "model")
-            assert record
-            return record.figures
-
-        record = run_stage(
-            self.out / place,
+        return self.train(
+            model,
+            lambda: self.rows(documents, seed),
+            settings,
+            place,
+            text=hash_documents(documents, replay),
+            row_length=self.study.row_length,
+            seed=seed,
+            replay=(lambda: self.rows(replay, seed)) if replay else None,
+            replay_share=replay_share,
+            stage=stage,
             title=title,
-            inputs={"model": self.hash_of(model), "text": hash_documents(documents, replay)},
-            settings={
-                **settings.model_dump(mode="json"),
-                "replay": replay_share,
-                "row_length": self.study.row_length,
-            },
-            make=make,
-            say=self.say,
-            keep="model-*",
         )
-        self.cost(stage, record, trained=True)
-        return self.out / place / "model"
 
     def add(self, model: Path, scale: float, place: Path, merging: Merging = PLAINLY) -> Path:
         """Write model + scale * residual to `place`."""
-        method, factors = merging.method, merging.factors
-        return graft(model, self.residual, place, scale=scale, method=method, factors=factors)
+        return graft(
+            model,
+            self._in_form(merging.form),
+            place,
+            scale=scale,
+            method=merging.method,
+            factors=merging.factors,
+        )
+
+    def _graft_in(self, model: Path, scale: float, folder: Path) -> Path:
+        return self.add(model, scale, folder / "graft")
+
+    def _in_form(self, form: Form | None) -> Residual:
+        if form is None:
+            return self.residual
+        if form not in self.forms:
+            self.forms[form] = self.compress(self.residual, form, Path("residuals", form.words))
+        return self.forms[form]
 
     def graft(
         self,
@@ -189,66 +369,26 @@ class Run:
         scale: float | None = None,
     ) -> Scorecard:
         """Score a model, or with a scale its graft, which stands for as long as that takes."""
-        settings = self.study.evaluation
-
-        def make(folder: Path) -> None:
-            scored = model if scale is None else self.add(model, scale, folder / "graft")
-            card = evaluate(
-                open_model(scored),
-                self.tokenizer,
-                arm=arm,
-                seed=seed,
-                documents=documents,
-                dialogues=dialogues,
-                questions=questions,
-                window=settings.window,
-                max_new_tokens=settings.max_new_tokens,
-            )
-            if scale is not None:
-                shutil.rmtree(scored)
-            (folder / SCORECARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
-
-        inputs = {
-            "model": self.hash_of(model),
-            "documents": hash_documents(*documents.values()),
-            "asked": hash_json([one.model_dump() for one in (*dialogues, *questions)]),
-        }
+        inputs = {"model": self.hash_of(model)}
+        scored: Path | Callable[[Path], Path] = model
         if scale is not None:
             inputs["residual"] = self.residual.content_hash
-        record = run_stage(
-            self.out / place,
-            title=title,
+            scored = partial(self._graft_in, model, scale)
+        return self.evaluate(
+            arm,
+            seed,
+            scored,
+            place,
             inputs=inputs,
-            settings={**settings.model_dump(), "scale": scale, "texts": list(documents)},
-            make=make,
-            say=self.say,
+            settings={**self.study.evaluation.model_dump(), "scale": scale},
+            tokenizer=self.tokenizer,
+            window=self.study.evaluation.window,
+            max_new_tokens=self.study.evaluation.max_new_tokens,
+            documents=documents,
+            dialogues=dialogues,
+            questions=questions,
+            title=title,
         )
-        self.cost(place.as_posix(), record)
-        return Scorecard.model_validate_json((self.out / place / SCORECARD).read_bytes())
-
-    def hash_of(self, model: Path) -> str:
-        """Hash of what made a model; its figures hold times, which differ from run to run."""
-        if model in (self.base, self.instruct):
-            return self.hashes["base" if model == self.base else "instruct"]
-        record = Record.read(model)
-        assert record
-        return hash_json(record.model_dump(exclude={"figures"}))
-
-    def cost(self, stage: str, record: Record, *, trained: bool = False) -> None:
-        figures = record.figures
-        self.costs.append(
-            StageCost(
-                stage=stage,
-                seconds=figures["seconds"],
-                num_tokens=figures.get("num_tokens", 0),
-                flops=figures.get("flops", 0.0),
-            )
-        )
-        if trained:
-            self.losses[stage] = tuple((int(s), float(loss)) for s, loss in figures["losses"])
-            self.learning_rates[stage] = tuple(
-                (int(s), float(rate)) for s, rate in figures.get("learning_rates", ())
-            )
 
     def residual_facts(self) -> dict[str, Any]:
         figures = self.residual.record.figures
@@ -261,7 +401,7 @@ class Run:
     def inputs(self) -> dict[str, str]:
         """Role -> content hash, for the result."""
         return {
-            **self.hashes,
+            **self.parents,
             "training text": self.material.training_hash,
             "test material": self.material.test_hash,
         }

@@ -5,6 +5,8 @@
     forgetting     curve                the same, against tokens read
     departments    federation.rules     ways to an adapter for each department, over the graft
 
+Studies of other kinds have files of their own: `study.selection`, `study.recipes`.
+
 Paths may name a place, `pocket:base` or `data:dept/hr.jsonl`; the caller says where places are.
 Others are relative to the study file. A model may also be a name on the hub.
 """
@@ -34,10 +36,11 @@ from fedgraft.study.cost import Tuning
 from fedgraft.study.result import ARMS, Way
 from fedgraft.study.shape import Shape
 from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
+from fedgraft.weights.compression import SmallForm
 from fedgraft.weights.merging import PLAIN, Factors, Method
 
 Kind = Literal["arms", "forgetting", "departments"]
-MODELS = ("base", "instruct", "model", "encoder")
+MODELS = ("base", "instruct", "model", "encoder", "checkpoint")
 """Keys of a file whose value is a model, which may be a name on the hub."""
 _File = TypeVar("_File", bound=BaseModel)
 
@@ -82,11 +85,38 @@ class ScaleSearch(_Part):
     metric: str = RIGHT_AND_FOLLOWED
 
 
+class Form(_Part):
+    """A residual in fewer bytes; see `weights.compression`."""
+
+    name: SmallForm
+    rank: int = Field(default=16, gt=0)
+    """Of `lowrank` alone."""
+    density: float = Field(default=0.1, gt=0, le=1)
+    """Of `sparse` alone."""
+
+    @property
+    def words(self) -> str:
+        """`low rank 16`."""
+        match self.name:
+            case "lowrank":
+                return f"low rank {self.rank}"
+            case "sparse":
+                return f"sparse, {self.density:.0%} kept"
+            case "sign":
+                return "1 bit a number"
+            case "int8":
+                return "8 bits a number"
+            case "packed":
+                return "packed"
+
+
 class Merging(_Part):
     """A way to add the residual that is compared with plain addition, over the same scales."""
 
     method: Method = PLAIN
     factors: Factors = Factors()
+    form: Form | None = None
+    """The residual is stored in that form first; as it is where None."""
 
 
 class Domains(_Part):
@@ -382,6 +412,8 @@ def with_paths(
 
     def resolve(value: Any, key: str = "") -> Any:
         match value:
+            case dict() if key == "models":
+                return {name: resolve(one, "model") for name, one in value.items()}
             case dict():
                 return {name: resolve(one, name) for name, one in value.items()}
             case tuple() | list() if key == "corpus":

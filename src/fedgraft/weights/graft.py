@@ -55,6 +55,7 @@ def graft(
     method: Method = PLAIN,
     factors: Factors = Factors(),  # noqa: B008 (frozen)
     any_parent: bool = False,
+    again: bool = False,
     overwrite: bool = False,
     verify: bool = False,
 ) -> Path:
@@ -70,13 +71,15 @@ def graft(
         factors: Further factors, by kind of module and by layer.
         any_parent: Accept a target that is not known to descend from the residual's base. Nothing
             else is relaxed.
+        again: Accept a target that has instructions already: the instruct model, one trained from
+            it, or a graft. For whoever asks what a residual brings back.
         verify: Read what was written back from the disk and compare hashes.
 
     Raises:
         ResidualError: The target has another architecture, size or vocabulary, descends from
-            another base or is not known to descend from it, is or holds the instruct model, or was
-            grafted already; two residuals are of different bases, or one is given twice; a scale
-            is not finite.
+            another base or is not known to descend from it, is or holds the instruct model or was
+            grafted already (unless `again`); two residuals are of different bases, or one is given
+            twice; a scale is not finite.
         NonFiniteError: The target or a residual holds NaN or infinity, or the sum is too large
             for the target's dtype.
         ArtefactError: `out` exists or cannot be written, or reads back other than it was written.
@@ -94,12 +97,13 @@ def graft(
             )
     _check_one_base(addends)
     factors.check(checkpoint.tensors.keys())
-    _check_ungrafted(checkpoint, addends)
+    if not again:
+        _check_ungrafted(checkpoint, addends)
     ancestors = set(checkpoint.record.ancestors if checkpoint.record else ())
     if isinstance(carrier, Residual):  # its parents are known without reading them
         if carrier.base_hash not in ancestors and not any_parent:
             ancestors.add(checkpoint.content_hash)
-        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent)
+        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent, again=again)
     rows = RowMap.match(
         anatomy.vocabulary, carrier.anatomy.vocabulary, carrier.whole_rows, checkpoint.path
     )
@@ -153,7 +157,7 @@ def graft(
         for addend in addends:
             addend.refuse_damage()
         ancestors.add(checkpoint.content_hash)
-        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent)
+        _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent, again=again)
         if verify:
             _read_back(folder, content)
         copy_companions(carrier.companions, folder)
@@ -175,7 +179,10 @@ def graft(
                 },
             },
             ancestors=(*(record.ancestors if record else ()), checkpoint.content_hash),
-            residuals=tuple(addend.content_hash for addend in addends),
+            residuals=(
+                *(record.residuals if record else ()),
+                *(addend.content_hash for addend in addends),
+            ),
             settings=settings,
             figures={"content": content},
         ).write(folder)
@@ -249,10 +256,13 @@ def _check_lineage(
     lineage: set[str],
     *,
     any_parent: bool,
+    again: bool,
 ) -> None:
     """Refuse a target that has the instructions already, or that may not descend from the base."""
     base_hash, record = addends[0].base_hash, target.record
-    if any(a.instruct_hash in lineage and a.instruct_hash != base_hash for a in addends):
+    if not again and any(
+        a.instruct_hash in lineage and a.instruct_hash != base_hash for a in addends
+    ):
         raise ResidualError(
             f"{target.path}: expected a descendant of the base, found the instruct model itself or "
             "one trained from it; it follows instructions without a graft. Continue to pre-train "
