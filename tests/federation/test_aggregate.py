@@ -8,7 +8,7 @@ import tracemalloc
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -436,7 +436,12 @@ def test_flexlora_multiplies_nothing_out_while_factors_fit_the_longer_side(
     updates = [update_of(f"{n:02}", tensors=Drawn(n, shapes)) for n in range(13)]
     multiplied = []
     added = aggregation._added
-    monkeypatch.setattr(aggregation, "_added", lambda *terms: multiplied.append(1) or added(*terms))
+
+    def counted(*terms: Any) -> Any:
+        multiplied.append(1)
+        return added(*terms)
+
+    monkeypatch.setattr(aggregation, "_added", counted)
     kept = list(aggregate(updates[:12], "flexlora"))
     assert not multiplied
     list(aggregate(updates, "flexlora"))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tests.weights.checkpoints import DTYPES
 
 from fedgraft.weights import arithmetic
-from fedgraft.weights.arithmetic import BFLOAT16, add, all_finite, lost, subtract
+from fedgraft.weights.arithmetic import BFLOAT16, Floats, add, all_finite, lost, subtract
 from fedgraft.weights.checkpoint import Array
 
 FINITE = st.integers(0, 2**16 - 1).filter(lambda bits: bits & 0x7F80 != 0x7F80)
@@ -26,6 +26,10 @@ WIDE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 def in_bfloat16(words: list[int]) -> Array:
     return np.array(words, np.uint16).view(BFLOAT16)
+
+
+def in_float32(numbers: list[float]) -> Floats:
+    return np.array(numbers, np.float32)
 
 
 def both(pairs: list[tuple[int, int]]) -> tuple[Array, Array]:
@@ -65,7 +69,7 @@ def test_a_bfloat16_difference_is_numpys_bit_for_bit(
 @example(numbers=[(0x7F7F, 2.0**119)] * 9)  # a tie that rounds to infinity
 @example(numbers=[(0x3F80, 1.00390625)] * 8)
 def test_a_bfloat16_sum_is_numpys_bit_for_bit(numbers: list[tuple[int, float]]) -> None:
-    old, added = in_bfloat16([o for o, _ in numbers]), np.float32([a for _, a in numbers])
+    old, added = in_bfloat16([o for o, _ in numbers]), in_float32([a for _, a in numbers])
     with np.errstate(over="ignore"):
         wanted = (old.astype(np.float32) + added).astype(BFLOAT16)
         found, finite = add(old, added, np.empty(old.size + 3, BFLOAT16))
@@ -89,7 +93,7 @@ def test_a_sum_with_infinity_or_nan_in_it_is_not_finite(place: int, word: int, s
 def test_infinity_and_nan_show_in_the_sums_of_squares(side: int, word: int, place: int) -> None:
     sides = np.ones((2, 17), BFLOAT16)
     bits(sides)[side, place] = word
-    found = subtract(*sides, np.empty(17, BFLOAT16))
+    found = subtract(sides[0], sides[1], np.empty(17, BFLOAT16))
     assert not math.isfinite(found.squared_base + found.squared_residual)
 
 
@@ -100,7 +104,7 @@ def test_what_is_lost_is_what_does_not_round_to_the_number(
     with np.errstate(over="ignore", invalid="ignore"):
         old, new = (side.astype(np.float32).astype(DTYPES[dtype]) for side in both(pairs))
         residual = np.subtract(new, old, dtype=np.float32)
-        other = np.resize(np.float32(moved), old.size)
+        other = np.resize(in_float32(moved), old.size)
         residual[::2] = other[::2]
         rounded = (old.astype(np.float32) + residual).astype(DTYPES[dtype])
         wrong = np.flatnonzero(bits(rounded) != bits(new))
