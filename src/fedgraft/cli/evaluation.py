@@ -3,17 +3,19 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedgraft.cli.arguments import Adapter, Model
-from fedgraft.cli.console import finish, show_table
+from fedgraft.cli.console import finish, say, show_table
 from fedgraft.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedgraft.evaluation.harness import BenchmarkSettings
+    from fedgraft.evaluation.scorecard import Scorecard
     from fedgraft.text.corpus import Document
 
 
@@ -34,45 +36,144 @@ def evaluate(
     questions: Annotated[
         Path | None, typer.Option("--questions", help="JSONL of knowledge questions.")
     ] = None,
+    suite: Annotated[
+        Literal["paper"] | None,
+        typer.Option("--suite", help="paper: its nine benchmarks, by lm-evaluation-harness."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="This one of the suite; repeat for more."),
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with the benchmarks' files; else they come from the hub."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=2, help="First questions of each benchmark, and of each subject."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask through the model's chat template.")
+    ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="If the context is too short: fewer shots, shorter answers."),
+    ] = False,
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Of the weights while benchmarks are asked."),
+    ] = "float32",
+    backend: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What answers the benchmarks.")
+    ] = "transformers",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions at once; else it is found.")
+    ] = None,
+    kept: Annotated[Path, typer.Option(help="Finished benchmarks; they are not run again.")] = Path(
+        "runs/benchmarks"
+    ),
     adapter: Adapter = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="A JSON file for the scorecard.")
     ] = None,
 ) -> None:
-    """Score a model on held-out text, instructions and facts.
+    """Score a model on held-out text, instructions, facts and benchmarks.
 
     Instructions are checked by program, strict and loose as in IFEval. A score
     that cannot be computed is shown as missing, never as zero.
     """
+    from fedgraft.evaluation.harness import BenchmarkSettings
     from fedgraft.evaluation.knowledge import load_questions
     from fedgraft.evaluation.scorecard import evaluate as score
     from fedgraft.models import open_tokenizer
     from fedgraft.text.dialogues import load_dialogues
     from fedgraft.weights.checkpoint import resolve
 
-    if not (data or dialogues or questions):
+    cards = []
+    path = resolve(model)
+    if suite or task:
+        settings = BenchmarkSettings(
+            data=benchmark_data,
+            limit=limit,
+            chat_template=chat_template,
+            fit=fit,
+            precision=precision,
+            backend=backend,
+            batch_size=batch_size,
+        )
+        cards.append(_benchmarks(path, adapter, model, task or [], settings, kept))
+    if data or dialogues or questions:
+        card = score(
+            _open(path, adapter),
+            open_tokenizer(path),
+            arm=model,
+            documents=_by_department(data or []),
+            dialogues=load_dialogues(dialogues) if dialogues else (),
+            questions=load_questions(questions) if questions else (),
+        )
+        cards.append(card)
+    if not cards:
         raise EvaluationError(
             "expected something to score the model on, found nothing; name at least one of --data, "
-            "--dialogues, --questions"
+            "--dialogues, --questions, --suite"
         )
-    path = resolve(model)
-    scorecard = score(
-        _open(path, adapter),
-        open_tokenizer(path),
-        arm=model,
-        documents=_by_department(data or []),
-        dialogues=load_dialogues(dialogues) if dialogues else (),
-        questions=load_questions(questions) if questions else (),
-    )
+    scorecard = _together(cards)
     rows = (
         (name, f"{score.value:.4g} ± {score.stderr:.2g}", score.unit, f"{score.num:,}")
         for name, score in scorecard.scores.items()
+        if not (name.startswith("benchmark/") and name.count("/") > 2)  # one subject of many
     )
-    show_table(("score", "value ± standard error", "unit", "over"), rows)
+    show_table(("score", "value ± std. error", "unit", "over"), rows)
+    for name, asked in scorecard.benchmarks.items():
+        if asked.shortcomings:
+            say("", f"{name}: {asked.shortcomings}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(scorecard.model_dump_json(indent=2) + "\n", encoding="utf-8")
         finish("scorecard", out)
+
+
+def _benchmarks(
+    path: Path,
+    adapter: Path | None,
+    arm: str,
+    tasks: list[str],
+    settings: "BenchmarkSettings",
+    kept: Path,
+) -> "Scorecard":
+    from fedgraft.evaluation.benchmarks import chosen
+    from fedgraft.evaluation.harness import run_benchmarks
+    from fedgraft.weights.adapted import Adapted
+    from fedgraft.weights.checkpoint import Checkpoint
+
+    if adapter and settings.backend == "vllm":
+        raise EvaluationError(
+            "expected a checkpoint alone for --backend vllm, found --adapter too; leave out one of "
+            "them"
+        )
+    return run_benchmarks(
+        Adapted(path, adapter) if adapter else Checkpoint.open(path),
+        arm=arm,
+        benchmarks=chosen(tasks),
+        settings=settings,
+        kept=kept,
+        open_network=lambda precision: _open(path, adapter, precision),
+        say=lambda text: say("", text),
+    )
+
+
+def _together(cards: "list[Scorecard]") -> "Scorecard":
+    """One card with what all of them hold."""
+    first, *others = cards
+    for card in others:
+        first = card.model_copy(
+            update={
+                "scores": first.scores | card.scores,
+                "by_dialogue": first.by_dialogue | card.by_dialogue,
+                "benchmarks": first.benchmarks | card.benchmarks,
+            }
+        )
+    return first
 
 
 def _by_department(data: list[str]) -> "dict[str, tuple[Document, ...]]":
@@ -123,11 +224,18 @@ def chat(
             typer.echo(said)
 
 
-def _open(model: Path, adapter: Path | None) -> "PreTrainedModel":
+def _open(
+    model: Path,
+    adapter: Path | None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> "PreTrainedModel":
+    import torch
+
+    dtype: torch.dtype = getattr(torch, precision)
     if adapter is None:
         from fedgraft.models import open_model
 
-        return open_model(model)
+        return open_model(model, dtype=dtype)
     from fedgraft.training.adapter import open_adapted
 
-    return open_adapted(model, adapter)
+    return open_adapted(model, adapter).to(dtype)

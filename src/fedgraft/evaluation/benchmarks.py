@@ -178,15 +178,19 @@ class Asked(BaseModel):
     """None where the backend found it by trying."""
 
     @property
-    def is_complete(self) -> bool:
-        """Whether nothing was left out, shortened or replaced."""
-        return (
-            self.num_rows == self.num_rows_held
-            and self.num_shots == self.num_shots_wanted
-            and self.answer_tokens == self.answer_tokens_wanted
-            and not self.num_cut
-            and not self.shots_without_reasoning
+    def shortcomings(self) -> str:
+        """What was left out, shortened or replaced, in words; empty where nothing was."""
+        answer, wanted = self.answer_tokens or 0, self.answer_tokens_wanted or 0
+        parts = (
+            (self.num_rows < self.num_rows_held)
+            * f"{self.num_rows:,} of {self.num_rows_held:,} questions",
+            (self.num_shots < self.num_shots_wanted)
+            * f"{self.num_shots} of {self.num_shots_wanted} shots",
+            (self.num_shots > 0 and self.shots_without_reasoning) * "shots that show no reasoning",
+            (answer < wanted) * f"answers of {answer:,} of {wanted:,} tokens",
+            bool(self.num_cut) * f"{self.num_cut:,} questions without their beginning",
         )
+        return ", ".join(filter(None, parts))
 
 
 def chosen(names: Iterable[str] = ()) -> tuple[Benchmark, ...]:
@@ -247,6 +251,7 @@ def _the_one(benchmark: Benchmark, folder: Path, pattern: str) -> Path:
 
 
 def _check_lines(file: Path, fields: Sequence[str]) -> None:
+    number = 0
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -262,3 +267,7 @@ def _check_lines(file: Path, fields: Sequence[str]) -> None:
                 f"{file}, line {number}: expected a JSON object with {', '.join(fields)}, found "
                 f"{found}; fetch the file again or mend the line"
             )
+    if not number:
+        raise EvaluationError(
+            f"{file}: expected questions, one a line, found an empty file; fetch it again"
+        )

@@ -17,6 +17,7 @@ response/nats_per_token                 on the answers of held-out dialogues
 response/rouge_l                        the model's answers against the given ones, two definitions
 response/rouge_l_legacy
 response/<any of these>/<part>          the same for one group or one department of dialogues
+benchmark/<name>/<score>                by lm-evaluation-harness; names: evaluation/benchmarks.py
 """
 
 import math
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from fedgraft.evaluation.answers import answer
+from fedgraft.evaluation.benchmarks import Asked
 from fedgraft.evaluation.following import Marks, constraints_of, mark
 from fedgraft.evaluation.knowledge import Question, recall
 from fedgraft.evaluation.perplexity import Perplexity, document_perplexity, response_perplexity
@@ -86,8 +88,10 @@ class Scorecard(BaseModel):
     scores: dict[str, Score]
     examples: tuple[Example, ...] = ()
     by_dialogue: dict[str, tuple[FiniteFloat, ...]] = {}
-    """`response/...` -> the figure of each dialogue that has one, in their order: arms that were
-    asked the same can be compared pair by pair."""
+    """`response/...` or `benchmark/...` -> the figure of each dialogue or question that has one, in
+    their order: arms that were asked the same can be compared pair by pair."""
+    benchmarks: dict[str, Asked] = {}
+    """How each benchmark was asked: what its scores may be set beside."""
 
     def value(self, name: str) -> float | None:
         """The figure, None where it was not taken."""
@@ -198,7 +202,7 @@ def _by_part(
 ) -> dict[str, Score]:
     """The ratio over all dialogues' (amount, size), and over those of each part."""
     parts = _parts(dialogues, items)
-    return {f"{name}{suffix}": _ratio(ours, unit=unit) for suffix, ours in parts.items()}
+    return {f"{name}{suffix}": ratio(ours, unit=unit) for suffix, ours in parts.items()}
 
 
 def _parts(dialogues: Sequence[Dialogue], items: Sequence[_Item]) -> dict[str, list[_Item]]:
@@ -225,19 +229,19 @@ def _share(items: Iterable[Sequence[bool | None]]) -> Score | None:
     told = [[verdict for verdict in item if verdict is not None] for item in items]
     if not any(told):
         return None
-    return _ratio([(sum(item), len(item)) for item in told], unit="share")
+    return ratio([(sum(item), len(item)) for item in told], unit="share")
 
 
 def _nats_per_token(measured: Perplexity) -> Score:
-    return _ratio([(text.nats, text.num_tokens) for text in measured.per_text], unit="nats")
+    return ratio([(text.nats, text.num_tokens) for text in measured.per_text], unit="nats")
 
 
 def _bits_per_byte(measured: Perplexity) -> Score:
     pairs = [(text.nats / math.log(2), text.num_bytes) for text in measured.per_text]
-    return _ratio(pairs, unit="bits")
+    return ratio(pairs, unit="bits")
 
 
-def _ratio(items: Sequence[tuple[float, int]], *, unit: Literal["share", "nats", "bits"]) -> Score:
+def ratio(items: Sequence[tuple[float, int]], *, unit: Literal["share", "nats", "bits"]) -> Score:
     """Sum of (amount, size) items' amounts over their sizes.
 
     The standard error is that of a ratio of sums over independent items (Cochran 1977, eq. 2.39):
