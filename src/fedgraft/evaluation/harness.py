@@ -268,8 +268,9 @@ def _read(file: Path) -> Kept | None:
     except FileNotFoundError:
         return None
     except (ValidationError, OSError) as error:
+        found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ArtefactError(
-            f"{file}: expected the result of a finished benchmark, found {error}; remove the file"
+            f"{file}: expected the result of a finished benchmark, found {found}; remove the file"
         ) from error
 
 
