@@ -55,6 +55,25 @@ def test_benchmarks_and_texts_of_ones_own_make_one_scorecard(
     assert "perplexity/hr/nats_per_token" in done.stdout
 
 
+def test_a_model_with_an_adapter_on_is_another_model(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "page.txt").write_text("The heron stands in the river. " * 20)
+    made = fedgraft(
+        *("adapt", model, "--department", "hr", "--data", tmp_path / "page.txt", "--tokens", "1k"),
+        *("--row-length", 64, "--out", tmp_path / "adapter"),
+    )
+    assert made.exit_code == 0, made.output
+    asked = ("evaluate", model, "--task", "winogrande", "--benchmark-data", data)
+    kept = ("--kept", tmp_path / "kept")
+    alone, adapted = (
+        fedgraft(*asked, *kept, *adapter) for adapter in ((), ("--adapter", tmp_path / "adapter"))
+    )
+    assert (alone.exit_code, adapted.exit_code) == (0, 0), adapted.output
+    assert "finished before" not in adapted.stdout
+    assert len(list((tmp_path / "kept").glob("*/winogrande-*.json"))) == 2
+
+
 def test_an_unknown_task_is_refused_with_the_nearest(model: Path) -> None:
     message = refused(fedgraft("evaluate", model, "--task", "hellaswagg"))
     assert "did you mean hellaswag?" in message

@@ -217,16 +217,20 @@ def _of(
     manager: Any,
 ) -> dict[str, Any]:
     """All that decides on the scores of a benchmark; whether it was made to fit is added."""
-    ours = [file for part in files.get(benchmark.name, {}).values() for file in part.values()]
+    ours = {
+        f"{part} {split}": hash_files([file])
+        for part, splits in files.get(benchmark.name, {}).items()
+        for split, file in splits.items()
+    }
     reading = {path for pattern in READING for path in checkpoint.path.glob(pattern)}
     return {
         "format": FORMAT,
         "model": checkpoint.content_hash,
-        "reading": hash_files(sorted(reading)),
+        "reading": hash_json({path.name: hash_files([path]) for path in reading}),
         "benchmark": benchmark.name,
         "versions": _versions(benchmark, manager),
         "lm_eval": importlib.metadata.version("lm_eval"),
-        "data": hash_files(ours) if ours else "hub",
+        "data": hash_json(ours) if ours else "hub",
         "limit": settings.limit,
         "chat_template": settings.chat_template,
         "precision": settings.precision,
