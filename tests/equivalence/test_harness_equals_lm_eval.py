@@ -90,7 +90,7 @@ def write_tasks(folder: Path, data: Path, asked: Mapping[str, Asked]) -> list[st
         (folder / f"{name}.yaml").write_text(text + functions)
 
     for name in STOCK.keys() & asked.keys():
-        content = {"include": str(stock / STOCK[name]), "task": f"own_{name}"}
+        content: dict[str, Any] = {"include": str(stock / STOCK[name]), "task": f"own_{name}"}
         content |= local(**FILES[name]) | {"num_fewshot": asked[name].num_shots}
         if name in NO_TRAINING_FILE:
             content["training_split"] = None

@@ -1,6 +1,8 @@
 """Laws of the benchmarks: offline, kept when finished, told where they do not fit."""
 
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import socket
 from collections.abc import Callable
@@ -238,7 +240,7 @@ def test_a_kept_result_is_only_that_of_the_same_weights_files_and_settings(
         case "precision":
             settings = {"precision": "bfloat16"}
         case "lm_eval":
-            monkeypatch.setattr(harness.importlib.metadata, "version", lambda _: "0.4.99")
+            monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.4.99")
     with pytest.raises(AssertionError, match="not to be called"):
         run(model, tmp_path / "kept", "winogrande", data=data, open_network=never, **settings)
 
@@ -414,9 +416,9 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    find = harness.importlib.util.find_spec
+    find = importlib.util.find_spec
     found: Callable[[str], Any] = lambda name: None if name == missing else find(name)  # noqa: E731
-    monkeypatch.setattr(harness.importlib.util, "find_spec", found)
+    monkeypatch.setattr(importlib.util, "find_spec", found)
     with pytest.raises(EvaluationError, match=words):
         run(model, tmp_path, data=data, backend=backend)
 
