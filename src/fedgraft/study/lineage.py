@@ -6,8 +6,8 @@
         graft     a residual is added         fresh  random weights of its build
 
 A model that no seed changes is made, and scored, once. A graft that nothing else is made of is
-scored and goes. Before a plain graft is asked anything, its residual is inspected beside what became
-of the target; what that promised stands in the result beside what came of it.
+scored and goes. Before a plain graft is asked anything, its residual is inspected beside what
+became of the target; what that promised stands in the result beside what came of it.
 
 The file: `study.recipes`.
 """
