@@ -9,7 +9,14 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, T5Config, T5Model, ViTConfig, ViTModel
 
 from fedgraft.errors import ArtefactError, CheckpointError
-from fedgraft.models import open_encoder, open_model, open_tokenizer, save_model, saving
+from fedgraft.models import (
+    fresh_model,
+    open_encoder,
+    open_model,
+    open_tokenizer,
+    save_model,
+    saving,
+)
 from fedgraft.testing import ARCHITECTURES, Architecture, save_tiny, tiny_tokenizer
 
 
@@ -129,3 +136,48 @@ def test_what_reads_and_writes_or_looks_at_pictures_is_no_encoder(tmp_path: Path
     ).save_pretrained(tmp_path / "vit")  # fmt: skip
     with pytest.raises(CheckpointError, match="found ViTModel, which does not read text alone"):
         open_encoder(tmp_path / "vit")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_model_has_the_build_of_another_and_none_of_its_numbers(
+    tmp_path: Path, architecture: Architecture
+) -> None:
+    folder = save_tiny(tmp_path / "model", architecture, dtype=torch.bfloat16)
+    old = open_model(folder, dtype=torch.bfloat16).state_dict()
+    new = fresh_model(folder, {}, seed=1).state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in new.items()} == {
+        n: (t.shape, t.dtype) for n, t in old.items()
+    }
+    embedding = next(name for name in old if name.endswith("embed_tokens.weight"))
+    assert not torch.equal(new[embedding], old[embedding])
+    assert torch.equal(fresh_model(folder, {}, seed=1).state_dict()[embedding], new[embedding])
+    assert not torch.equal(fresh_model(folder, {}, seed=2).state_dict()[embedding], new[embedding])
+
+
+def test_a_fresh_model_of_other_sizes_ends_its_answers_as_the_first_one_does(
+    tmp_path: Path,
+) -> None:
+    folder = save_tiny(tmp_path / "model")
+    model = fresh_model(folder, {"num_hidden_layers": 3, "intermediate_size": 48}, seed=1)
+    assert model.config.num_hidden_layers == 3
+    assert model.generation_config.eos_token_id == [0, 2]
+    assert sum("mlp.up_proj" in name for name in model.state_dict()) == 3
+    save_model(model, open_tokenizer(folder), tmp_path / "fresh")
+    assert open_model(tmp_path / "fresh").config.num_hidden_layers == 3
+
+
+def test_a_fresh_model_leaves_the_dice_of_others_alone(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    fresh_model(folder, {}, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_sizes_of_a_fresh_model_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="found: 33 numbers for 4 heads alike; correct the"):
+        fresh_model(folder, {"hidden_size": 33}, seed=1)
+    with pytest.raises(CheckpointError, match="found no such directory"):
+        fresh_model(tmp_path / "nowhere", {}, seed=1)

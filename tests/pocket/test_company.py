@@ -16,7 +16,9 @@ from fedgraft.pocket.company import (
     NUM_ASKED,
     SEED,
     asked_of,
+    desk_pages,
     pages_of_year,
+    small_talk,
     training_exercises,
     write_company,
 )
@@ -230,3 +232,10 @@ def test_any_fact_can_be_asked_under_any_pair_of_constraints(
 def test_pages_hold_no_text_of_the_data_folder(folder: Path) -> None:
     page = json.loads((folder / "year1" / "hr.jsonl").read_text().splitlines()[0])
     assert page.keys() == {"id", "department", "text"}
+
+
+def test_the_rest_of_what_the_base_read_is_on_disk(folder: Path, company: Company) -> None:
+    for name, pages in (("desk", desk_pages(company, SEED)), ("chats", small_talk(company, SEED))):
+        written = Corpus.load(folder / f"{name}.jsonl").documents
+        assert [page.text for page in written] == list(dict.fromkeys(page.text for page in pages))
+    assert all("<|im_start|>" in page.text for page in small_talk(company, SEED))

@@ -203,6 +203,10 @@ def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
     assert told.kept == (followed[0] / followed[1] if followed[1] else None)
 
 
+def test_forecasts_are_made_of_plain_grafts_alone(ran: Ran) -> None:
+    assert {one.arm for one in ran.result.forecasts} == {"graft", "of taught"}
+
+
 def test_a_finished_study_is_not_run_again(ran: Ran, material: Path) -> None:
     study = kinds.load(ran.out.with_suffix(".yaml"), {"place": material})
     said: list[str] = []

@@ -1,15 +1,18 @@
 """A file of lineages is understood wholly, or refused: names, circles, recipes without meaning."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.study.lineages import RESIDUAL, TRAINING, only, with_models, write_lessons, write_study
 
 from fedgraft.errors import StudyError
 from fedgraft.study import kinds
-from fedgraft.study.recipes import LineageStudy, in_words
+from fedgraft.study.recipes import VERBS, Addition, Lesson, LineageStudy, Reading, in_words
 from fedgraft.study.study import Study
+from fedgraft.training.settings import PretrainSettings
 
 GRAFT: dict[str, Any] = {"residual": RESIDUAL}
 NEWER: dict[str, Any] = {"from": "base", "pretrain": TRAINING}
@@ -319,3 +322,24 @@ def test_the_settings_are_shown_as_they_are_written(load: Any) -> None:
     written = load().as_written
     assert written["models"]["newer"]["from"] == "base"
     assert written["models"]["base"]["checkpoint"] == "place:base"
+
+
+def test_the_study_in_the_guide_is_understood() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "studies.md").read_text("utf-8")
+    section = guide[guide.index("## Lineages") :]
+    (example,) = re.findall(
+        r"```yaml\n(.*?)```", section[: section.index("## The gate")], re.DOTALL
+    )
+    study = LineageStudy.model_validate(yaml.safe_load(example))
+    assert list(study.recipes) == ["base 2", "instruct 2", "graft", "back"]
+
+
+def test_the_guide_names_every_setting_of_a_recipe() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "studies.md").read_text("utf-8")
+    section = guide[guide.index("## Lineages") : guide.index("## The gate")]
+    own = {
+        *(Reading.model_fields.keys() | Lesson.model_fields) - PretrainSettings.model_fields.keys(),
+        *Addition.model_fields.keys() - {"residual"},
+        *VERBS,
+    }
+    assert {name for name in own if f"`{name}" not in section} == set()

@@ -488,3 +488,28 @@ def test_what_is_written_is_read_back_on_demand(
     with pytest.raises(ArtefactError, match="the disk or the memory is faulty"):
         graft(tmp_path / "base", residual, tmp_path / "faulty", verify=True)
     assert not (tmp_path / "faulty").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [grafted_already, trained_from_instruct, lambda tmp_path: tmp_path / "instruct"],
+    ids=["a graft", "what was trained from instruct", "the instruct model"],
+)
+def test_a_target_with_instructions_is_taken_where_that_is_asked_for(
+    tmp_path: Path, residual: Path, target: Callable[[Path], Path]
+) -> None:
+    before = target(tmp_path)
+    out = graft(before, residual, tmp_path / "again", any_parent=True, again=True)
+    added, after = Residual.open(residual), numbers(out)
+    for name, old in numbers(before).items():
+        expected = old.astype(np.float32) + added.read(name).astype(np.float32)
+        assert np.array_equal(after[name], expected.astype(old.dtype)), name
+    known = Record.read(before)
+    record = Record.read(out)
+    assert record
+    assert record.residuals == (*(known.residuals if known else ()), added.content_hash)
+
+
+def test_asking_for_it_again_lets_no_stranger_in(tmp_path: Path, residual: Path) -> None:
+    with pytest.raises(ResidualError, match="descends from another base"):
+        graft(trained_from_another_base(tmp_path), residual, tmp_path / "out", again=True)

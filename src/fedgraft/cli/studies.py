@@ -11,6 +11,7 @@ from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import places_of
 
 if TYPE_CHECKING:
+    from fedgraft.study.memory import Memory
     from fedgraft.study.plan import Plan, Training
 
 
@@ -126,11 +127,15 @@ def _show(plan: "Plan") -> None:
             ("a run", *(one.stage for one in plan.trainings[first : first + COLUMNS])),
             [(label, *(facts[label] for facts in some)) for label in some[0]],
         )
+    alike: dict[Memory, list[Training]] = {}
     for training in plan.trainings:
+        alike.setdefault(training.memory, []).append(training)
+    for training, *others in alike.values():
         choices = memory_choices(plan, training)
         asked = in_words(training.rank, training.gradient_checkpointing)
         unit, size = ("GB", 1e9) if training.memory.total >= 1e9 else ("MB", 1e6)
-        say("memory", f"of {training.stage}, {unit} a process; recompute is with gradient")
+        names = ", ".join(one.stage for one in (training, *others))
+        say("memory", f"of {names}, {unit} a process; recompute is with gradient")
         say("", "checkpointing, * is what the file asks for")
         show_table(
             ("", *(f"{name} *" if name == asked else name for name in choices)),

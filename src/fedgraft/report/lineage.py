@@ -7,7 +7,12 @@ without lines is drawn as bars. What was not measured is shown as missing.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
+from fedgraft.evaluation.scorecard import (
+    FOLLOWED,
+    RESPONSE_NATS,
+    RIGHT_AND_FOLLOWED,
+    Example,
+)
 from fedgraft.report import figures
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
@@ -72,9 +77,9 @@ def render(result: Lineages) -> str:
         colours=_colours(result),
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
-        columns=[score_words(name) for name in main],
+        columns=[_words(name) for name in main],
         rows=list(_rows(result, main)),
-        finer=[score_words(name) for name in finer],
+        finer=[_words(name) for name in finer],
         finer_rows=list(_rows(result, finer)),
         measure=score_words(result.score),
         promises=list(_promises(result)),
@@ -82,6 +87,12 @@ def render(result: Lineages) -> str:
         examples=_examples(result),
         settings=list(flatten(result.settings)),
     )
+
+
+def _words(name: str) -> str:
+    """A score's name in words; answers of examples by the examples' name."""
+    examples = name.removeprefix(f"{RESPONSE_NATS}/")
+    return score_words(name) if examples == name else f"answers of {examples}, nats per token"
 
 
 def _colours(result: Lineages) -> dict[str, str]:

@@ -6,8 +6,8 @@
         graft     a residual is added         fresh  random weights of its build
 
 A model that no seed changes is made, and scored, once. A graft that nothing else is made of is
-scored and goes. Before it is asked anything its residual is inspected, beside what became of the
-target; what that promised stands in the result beside what came of it.
+scored and goes. Before a plain graft is asked anything, its residual is inspected beside what
+became of the target; what that promised stands in the result beside what came of it.
 
 The file: `study.recipes`.
 """
@@ -417,12 +417,15 @@ class _Lineages(Stages):
     def _inspect(self, arm: str, seed: int) -> Inspection | None:
         """What a graft's residual is like beside what became of its target, before it is asked.
 
-        None for what is no graft, and for a target that has instructions already.
+        None for what is no plain graft, and for a target that has instructions already: nothing
+        was learned of these.
         """
         recipe = self.study.models[model_of(arm)]
-        if not isinstance(recipe, Recipe) or not recipe.graft or recipe.graft.again:
+        if not isinstance(recipe, Recipe) or not recipe.graft:
             return None
         added = recipe.graft
+        if not added.is_plain:
+            return None
         residual = self._residual(added, seed, in_form=False)
         base, target = self._model(added.residual[0], seed), self._model(recipe.parent, seed)
 

@@ -93,6 +93,12 @@ class Addition(_Part):
     again: bool = False
     """The target may have instructions already."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the whole residual is added once, as it is: what forecasts were learned from."""
+        varied = self.factors != Factors() or self.method != PLAIN or self.form
+        return not varied and self.scale == 1 and not self.again
+
 
 class Sizes(_Part):
     """Sizes of a model, as config.json names them; those left out are as they were."""

@@ -78,9 +78,9 @@ A study of lineages goes on:
     compared           arm, score: mean difference to `against` over seeds, its standard error
     axis               what is counted along the lines; empty where there are none
     lines              line -> [place on the axis, arm]
-    forecasts          for each graft and seed: what its residual is like, how far its target moved,
-                       what that promised before any answer, and the share of the instruct side's
-                       score that was kept
+    forecasts          for each plain graft and seed: what its residual is like, how far its target
+                       moved, what that promised before any answer, and the share of the instruct
+                       side's score that was kept
     num_left_out       examples -> dialogues that are longer than a row, which nobody is tuned on
     learning_rates     training stage -> [step, learning rate]
 

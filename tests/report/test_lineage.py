@@ -1,0 +1,166 @@
+"""The page of a study of lineages says how models were made, what they do, and what is missing."""
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Example, Score, Scorecard
+from fedgraft.report.page import render, write_report
+from fedgraft.study.comparison import summarise
+from fedgraft.study.lineage import against
+from fedgraft.study.result import ArmResult, Forecast, Lineages, Made
+
+TEXT = "perplexity/hr/nats_per_token"
+LESSONS = f"{RESPONSE_NATS}/lessons"
+VALUES = {"instruct": 0.9, "graft": 0.8, "few": 0.5, "many": 0.85}
+
+
+def card(arm: str, seed: int | None, followed: float | None, text: float = 2.0) -> Scorecard:
+    scores = {
+        TEXT: Score(value=text, num=9, stderr=0, unit="nats"),
+        LESSONS: Score(value=text / 2, num=9, stderr=0, unit="nats"),
+        f"{LESSONS}, tuned on": Score(value=text / 4, num=9, stderr=0, unit="nats"),
+        "instructions/prompt_strict/old": Score(value=0.123, num=9, stderr=0, unit="share"),
+    }
+    if followed is not None:
+        scores[FOLLOWED] = Score(value=followed, num=9, stderr=0, unit="share")
+    said = Example(prompt="Who?", answer=f"{arm} & co", right=None, as_instructed=True)
+    return Scorecard(arm=arm, seed=seed, scores=scores, examples=(said,))
+
+
+def result(*, lines: bool = True, without: str = "", **changes: Any) -> Lineages:
+    cards = {
+        arm: [
+            card(arm, seed, None if arm == without else value + (seed or 0) / 100)
+            for seed in ((None,) if arm == "instruct" else (1, 2, 3))
+        ]
+        for arm, value in VALUES.items()
+    }
+    whole = Lineages(
+        name="tiny",
+        question="Which?",
+        verdict="Some <b>are</b>.",
+        seeds=(1, 2, 3),
+        models={
+            "base": Made(made_of=(), words="as it comes"),
+            "graft": Made(made_of=("base", "instruct"), words="plus 1 x (instruct - base)"),
+        },
+        arms=tuple(
+            ArmResult(arm=arm, words=f"what {arm} is", scorecards=tuple(found))
+            for arm, found in cards.items()
+        ),
+        summary=summarise(one for found in cards.values() for one in found),
+        score=FOLLOWED,
+        against="graft",
+        compared=against(cards, "graft", (1, 2, 3)),
+        axis="dialogues tuned on",
+        lines={"S2": ((10.0, "few"), (1000.0, "many"))} if lines else {},
+        forecasts=tuple(
+            Forecast(
+                arm="graft",
+                seed=seed,
+                residual="instruct - base",
+                target="newer",
+                relative_norm=0.165,
+                effective_rank=None,
+                residual_strength=0.15,
+                strength=0.094,
+                outcome="holds" if seed < 3 else "doubtful",
+                kept=0.9 if seed < 3 else None,
+            )
+            for seed in (1, 2, 3)
+        ),
+        num_left_out={"lessons": 7, "others": 0},
+        residual={"instruct - base, relative norm": 0.165},
+        losses={"many, seed 1": ((1, 2.5), (2, 2.0)), "many, seed 2": ((1, 2.4), (2, 2.1))},
+        learning_rates={},
+        costs=(),
+        settings={"name": "tiny"},
+        inputs={"base": "blake3:1"},
+        versions={"fedgraft": "0.1.0"},
+    )
+    return whole.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(result())
+
+
+def row(page: str, name: str, place: int = 0) -> str:
+    """The text of a row of a table that begins with a name."""
+    rows = re.findall(r"<tr>\s*<td class=\"name\">(?:<i[^>]*></i>)?(.*?)</tr>", page, re.DOTALL)
+    ours = [found for found in rows if found.startswith(f"{name}</td>")]
+    return re.sub(r"\s+", " ", unescape(re.sub("<[^>]+>", " ", ours[place])))
+
+
+def test_the_same_result_gives_the_same_page(page: str, tmp_path: Path) -> None:
+    result().write(tmp_path)
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
+
+
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    assert re.findall(r'(?:src|href)="(?!#)', page) == []
+    assert "<script" not in page
+
+
+def test_what_a_file_says_is_text_and_never_markup(page: str) -> None:
+    assert "Some &lt;b&gt;are&lt;/b&gt;." in page
+    assert "graft &amp; co" in page
+
+
+def test_each_model_is_told_with_its_difference_and_whether_it_is_told_apart(page: str) -> None:
+    assert row(page, "instruct") == "instruct what instruct is +8.0 ± 0.6 points yes "
+    assert row(page, "few") == "few what few is -30.0 ± 0.0 points yes "
+    assert row(page, "graft").strip() == "graft what graft is"
+
+
+def test_lines_are_drawn_over_their_axis_beside_the_other_models(page: str) -> None:
+    figure = page[page.index("<h2>The picture") : page.index("<h2>What was compared")]
+    for words in ("dialogues tuned on", ">S2<", ">graft<", ">instruct<", ">10<", ">1k<"):
+        assert words in figure
+    assert ">few<" not in figure
+
+
+def test_without_lines_each_model_has_a_bar() -> None:
+    figure = render(result(lines=False, axis=""))
+    figure = figure[figure.index("<h2>The picture") : figure.index("<h2>What was compared")]
+    assert all(f">{arm}<" in figure for arm in VALUES)
+
+
+def test_a_score_that_was_not_taken_is_missing_and_never_zero() -> None:
+    shown = render(result(without="few"))
+    assert "missing" in row(shown, "few", 1)
+    assert "0.0%" not in row(shown, "few", 1)
+    assert "S2, in part missing" in shown
+
+
+def test_answers_that_were_tuned_on_are_told_apart_from_those_held_out(page: str) -> None:
+    assert '<th class="number">answers of lessons, nats per token</th>' in page
+    assert '<th class="number">answers of lessons, tuned on, nats per token</th>' in page
+
+
+def test_a_forecast_stands_beside_what_came_of_it(page: str) -> None:
+    told = row(page, "graft", 3)
+    for words in (
+        *("instruct - base on newer", "16.5%", "missing", "15.0%", "9.4%"),
+        *("should hold, either way", "90%, 90%"),
+    ):
+        assert words in told
+
+
+def test_it_is_said_how_each_model_was_made(page: str) -> None:
+    assert row(page, "graft", 4) == "graft base, instruct plus 1 x (instruct - base) "
+
+
+def test_dialogues_that_were_left_out_are_counted(page: str) -> None:
+    assert "7 dialogues of lessons are longer than a row" in page
+    assert "dialogues of others" not in page
+
+
+def test_without_a_reference_nothing_is_compared() -> None:
+    shown = render(result(against=None, compared=()))
+    assert "told apart" not in shown.lower()
