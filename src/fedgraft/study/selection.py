@@ -66,6 +66,7 @@ from fedgraft.selection.coreset import Selection
 from fedgraft.study.cost import StageCost
 from fedgraft.study.result import Compared, Holdings, ScoredChoice, Selections, Summary, Unit
 from fedgraft.study.run import Run, versions
+from fedgraft.study.shape import Shape
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import (
     EvaluationPart,
@@ -162,6 +163,8 @@ class SelectionStudy(_Part):
     name: str
     question: str
     model: str | None = None
+    shape: Shape | None = None
+    """Sizes of `model` from its config.json, for a plan before it is fetched."""
     graft: GraftPart | None = None
     train: Source
     test: Source
@@ -176,6 +179,7 @@ class SelectionStudy(_Part):
     evaluation: EvaluationPart = EvaluationPart()
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _not_there: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def kind(self) -> Literal["selection"]:
@@ -186,11 +190,18 @@ class SelectionStudy(_Part):
         """The settings with defaults filled in and paths as the file names them."""
         return self._as_written
 
+    @property
+    def not_there(self) -> tuple[str, ...]:
+        """Text, as the file names it, that a dry run did not find."""
+        return self._not_there
+
     @model_validator(mode="after")
     def _consistent(self) -> "SelectionStudy":
         if (self.model is None) == (self.graft is None):
             found = "neither" if self.model is None else "both"
             raise ValueError(f"expected either model or graft, found {found}")
+        if self.graft and self.shape:
+            raise ValueError("shape: is the model's; the sizes of a graft go to graft.family.shape")
         if self.against not in self.arms:
             raise ValueError(
                 f"against: {self.against} is none of the arms {', '.join(self.arms)}; name one"
@@ -216,8 +227,11 @@ class SelectionStudy(_Part):
     ) -> "SelectionStudy":
         """Read a study file and find every path that it names. Raises StudyError, all at once."""
         written = read_yaml(file, cls, "study of selection")
-        content, _ = with_paths(written.model_dump(exclude_unset=True), Path(file), places, dry=dry)
+        content, not_there = with_paths(
+            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
+        )
         study = cls.model_validate(content)
+        study._not_there = not_there
         study._as_written = written.model_dump(mode="json")
         return study
 
