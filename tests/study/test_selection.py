@@ -142,6 +142,19 @@ def test_arms_have_the_same_clients(ran: tuple[Path, Selections]) -> None:
     assert plans[0]["seed"] == plans[1]["seed"] == plans[2]["seed"]
 
 
+def test_clients_learn_in_the_prompt_that_they_are_asked_in(place: Path) -> None:
+    study = load(place, prompt="alpaca")
+    assert all(study.plan(arm, ["a", "b"], seed=1).prompt == "alpaca" for arm in study.arms)
+
+
+def test_the_start_in_another_prompt_is_another_stage(place: Path, tmp_path: Path) -> None:
+    random = {"random": {"method": "random", "budget": 0.3}}
+    for again, prompt in ((False, "chat"), (True, "chat"), (False, "alpaca")):
+        said: list[str] = []
+        run(load(place, arms=random, seeds=[1], prompt=prompt), tmp_path, say=said.append)
+        assert ("seed 1: score the start: done already" in said) == again
+
+
 def test_what_is_finished_is_not_run_again(ran: tuple[Path, Selections], place: Path) -> None:
     out, result = ran
     said: list[str] = []
@@ -195,6 +208,10 @@ def test_lower_is_better_for_a_loss() -> None:
         (
             {"federation": {**content()["federation"], "selection": ALIGNED}},
             "federation.selection: comes from arms",
+        ),
+        (
+            {"federation": {**content()["federation"], "prompt": "alpaca"}},
+            "federation.prompt: comes from prompt",
         ),
         ({"typo": 1}, "typo: Extra inputs are not permitted"),
     ],

@@ -209,7 +209,8 @@ class SelectionStudy(_Part):
         if START in self.arms:
             raise ValueError(f"arms: {START} is the model before training; take another name")
         told = {"selection": "arms", "seed": "seeds", "row_length": "row_length"}
-        told |= {"window": "evaluation.window", "share": "(all clients have one adapter)"}
+        told |= {"prompt": "prompt", "window": "evaluation.window"}
+        told |= {"share": "(all clients have one adapter)"}
         if twice := sorted(told.keys() & self.federation.model_fields_set):
             raise ValueError(f"federation.{twice[0]}: comes from {told[twice[0]]}; take it out")
         if "seed" in self.partition.model_fields_set:
@@ -244,6 +245,7 @@ class SelectionStudy(_Part):
             "share": "organisation",
             "row_length": self.row_length,
             "window": self.evaluation.window,
+            "prompt": self.prompt,
             "seed": derive_seed(seed, "federation"),
             "selection": own.selection,
         }
@@ -422,7 +424,8 @@ class _Run:
                 folder, ScoredChoice(arm=START, seed=seed, scores=self._scores(model, None))
             )
 
-        return self._stage(f"seed-{seed}/{START}", model, {}, make, f"seed {seed}: score the start")
+        title, settings = f"seed {seed}: score the start", {"prompt": self.study.prompt}
+        return self._stage(f"seed-{seed}/{START}", model, settings, make, title)
 
     def _arm(
         self, arm: str, model: Path, clients: Mapping[str, list[Dialogue]], seed: int
@@ -455,7 +458,7 @@ class _Run:
             )
             self._write(folder, found)
 
-        settings = {"plan": plan.model_dump(mode="json"), "prompt": study.prompt}
+        settings = {"plan": plan.model_dump(mode="json")}
         inputs = {name: hash_examples(ours) for name, ours in clients.items()}
         return self._stage(f"seed-{seed}/{arm}", model, settings, make, title, inputs)
 
