@@ -78,6 +78,21 @@ def test_unknown_hardware_is_a_usage_error() -> None:
     assert "a100" in result.stderr
 
 
-def test_a_study_of_selection_is_not_planned_and_says_why() -> None:
-    said = refused(fedgraft("study", "plan", STUDIES / "selection.yaml"))
-    assert "found one of selection, whose cost depends on what is chosen" in said
+def test_a_plan_of_a_selection_names_its_arms_once_and_what_they_hold_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDGRAFT_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("COLUMNS", "220")
+    file = STUDIES / "selection_dolly_qwen2_1.5b.yaml"
+    done = fedgraft("study", "plan", file, "--hardware", "h100")
+    assert done.exit_code == 0, done.output
+    for words in (
+        "Qwen/Qwen2-1.5B: 1,543,714,304 parameters in 338 tensors",
+        "aligned-new",
+        "clients' adapters, while an arm runs",
+        "the text is not there, so each client is taken to train as long as it may",
+        "data:instruct/databricks-dolly-15k.jsonl yet",
+    ):
+        assert words in done.output
+    assert done.output.count("memory      of") == 1
+    assert "graft" not in done.output.replace("FEDGRAFT", "").replace("fedgraft", "")

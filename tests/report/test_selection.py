@@ -4,7 +4,7 @@ import pytest
 
 from fedgraft.noise import Spent
 from fedgraft.report.page import render
-from fedgraft.study.result import Holding, Holdings, ScoredChoice, Selections
+from fedgraft.study.result import Holding, Holdings, Mapped, Marked, ScoredChoice, Selections
 from fedgraft.study.selection import WORDS, against, over_seeds
 
 RIGHT, ROUGE, LEGACY, NATS = WORDS
@@ -107,3 +107,27 @@ def test_privacy_is_spoken_of_where_it_was_spent_alone(page: str) -> None:
 def test_names_are_shown_as_text(page: str) -> None:
     assert "<b>FedHDS</b>" not in page
     assert "&lt;b&gt;FedHDS&lt;/b&gt;" in page
+
+
+def test_a_map_shows_two_arms_by_cluster_where_they_have_some() -> None:
+    arms = {
+        "aligned": Marked(clusters=(0, 0, -1, 0), chosen=(0, 3)),
+        "random": Marked(clusters=(), chosen=(1,)),
+    }
+    mapped = Mapped(
+        words="t-SNE of all layers",
+        plane=((0.0, 1.0), (1.0, 1.5), (2.0, 0.0), (3.0, 3.0)),
+        clients=("c1", "c1", "c2", "c2"),
+        arms=arms,
+    )
+    page = render(result().model_copy(update={"mapped": mapped}))
+    for words in (
+        "aligned, by cluster",
+        "aligned, by client",
+        "random, by client",
+        "drawn by t-SNE of all layers",
+        "aligned, seed 1: a ring is trained on in some round.",
+    ):
+        assert words in page
+    assert "random, by cluster" not in page
+    assert "What was chosen of what there is" not in render(result())

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -142,6 +143,46 @@ def test_arms_have_the_same_clients(ran: tuple[Path, Selections]) -> None:
     assert plans[0]["seed"] == plans[1]["seed"] == plans[2]["seed"]
 
 
+def test_clients_learn_in_the_prompt_that_they_are_asked_in(place: Path) -> None:
+    study = load(place, prompt="alpaca")
+    assert all(study.plan(arm, ["a", "b"], seed=1).prompt == "alpaca" for arm in study.arms)
+
+
+def test_the_start_in_another_prompt_is_another_stage(place: Path, tmp_path: Path) -> None:
+    random = {"random": {"method": "random", "budget": 0.3}}
+    for again, prompt in ((False, "chat"), (True, "chat"), (False, "alpaca")):
+        said: list[str] = []
+        study = load(place, arms=random, seeds=[1], prompt=prompt, row_length=512)
+        run(study, tmp_path, say=said.append)
+        assert ("seed 1: score the start: done already" in said) == again
+
+
+def test_the_map_has_every_example_and_what_was_chosen_of_them(
+    ran: tuple[Path, Selections],
+) -> None:
+    out, result = ran
+    mapped = result.mapped
+    assert mapped
+    held = {one.client: one.num_train for one in result.partition.clients}
+    assert {name: mapped.clients.count(name) for name in held} == held
+    assert len(mapped.plane) == len(mapped.clients) == 39
+    assert np.isfinite(mapped.plane).all()
+    assert set(mapped.arms) == {"aligned", "random"}  # the only one with clusters, and `against`
+    assert mapped.arms["random"].clusters == ()
+    assert len(mapped.arms["aligned"].clusters) == 39
+    first = {one.arm: one for one in result.scored if one.seed == 1}
+    for arm, marked in mapped.arms.items():
+        assert len(set(marked.chosen)) == len(marked.chosen) == first[arm].num_distinct
+        history = History.model_validate_json((out / f"seed-1/{arm}/history.json").read_bytes())
+        trained = {part.client for done in history.rounds for part in done.parts}
+        assert {mapped.clients[place] for place in marked.chosen} == trained
+
+
+def test_a_study_without_clusters_has_no_map(place: Path, tmp_path: Path) -> None:
+    random = {"random": {"method": "random", "budget": 0.3}, "fedit": {"method": "all"}}
+    assert run(load(place, arms=random, seeds=[1]), tmp_path).mapped is None
+
+
 def test_what_is_finished_is_not_run_again(ran: tuple[Path, Selections], place: Path) -> None:
     out, result = ran
     said: list[str] = []
@@ -195,6 +236,10 @@ def test_lower_is_better_for_a_loss() -> None:
         (
             {"federation": {**content()["federation"], "selection": ALIGNED}},
             "federation.selection: comes from arms",
+        ),
+        (
+            {"federation": {**content()["federation"], "prompt": "alpaca"}},
+            "federation.prompt: comes from prompt",
         ),
         ({"typo": 1}, "typo: Extra inputs are not permitted"),
     ],

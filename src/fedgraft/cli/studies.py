@@ -60,20 +60,12 @@ def plan(
     the headers of the weights. Where a model is not fetched yet, its sizes come from
     `family.shape` in the file; text may be missing.
     """
-    from fedgraft.errors import StudyError
     from fedgraft.study import kinds
     from fedgraft.study.machine import machine
-    from fedgraft.study.plan import plan as plan_study
-    from fedgraft.study.selection import SelectionStudy
 
     with TemporaryDirectory() as scratch:
         study = kinds.load(file, places_of(file, Path(scratch), dry=True), dry=True)
-        if isinstance(study, SelectionStudy):
-            raise StudyError(
-                f"{file}: expected a study of arms, forgetting, departments or lineages to plan, "
-                "found one of selection, whose cost depends on what is chosen; run it with one seed"
-            )
-        planned = plan_study(study, machine(hardware), num_processes=processes, share=share)
+        planned = kinds.plan(study, machine(hardware), num_processes=processes, share=share)
     _show(planned)
 
 
@@ -108,7 +100,7 @@ def _show(plan: "Plan") -> None:
     from fedgraft.study.plan import in_words, memory_choices
 
     shape, machine = plan.shape, plan.machine
-    source = "its config and headers" if plan.at_hand else "family.shape in the file, not fetched"
+    source = "its config and headers" if plan.at_hand else "its `shape` in the file, not fetched"
     trained = plan.trainings[0].precision if plan.trainings else machine.precision
     rate = machine.flops(trained) / 1e12
     say("study", plan.study, bold=True)
@@ -146,8 +138,18 @@ def _show(plan: "Plan") -> None:
         )
     for number, (what, num_bytes) in enumerate(plan.disk.items()):
         say("" if number else "disk", f"{_in_bytes(num_bytes)}  {what}")
-    say("grafting", f"{plan.num_grafts} grafts, {plan.graft_flops:.3g} FLOPs in all, each holds")
-    say("", f"about {GRAFT_BYTES / 1e6:.0f} MB whatever the size of the model")
+    if plan.num_grafts:
+        say(
+            "grafting", f"{plan.num_grafts} grafts, {plan.graft_flops:.3g} FLOPs in all, each holds"
+        )
+        say("", f"about {GRAFT_BYTES / 1e6:.0f} MB whatever the size of the model")
+    if reading := plan.reading:
+        times = f", {reading.num_times} times" if reading.num_times > 1 else ""
+        say(
+            "features",
+            f"of {reading.num_examples:,} examples, {reading.num_tokens:,} tokens{times}:",
+        )
+        say("", f"{reading.flops:.3g} FLOPs, {_time(reading.seconds)}")
     if plan.tuning_ratio:
         say("tuning", f"repeated without a residual: {plan.tuning_ratio:,.0f} times a run's cost")
     for number, note in enumerate(plan.notes):

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fedgraft.errors import FederationError
 from fedgraft.federation.standing import Stored, save_tensors
-from fedgraft.selection.clusters import Clusters
+from fedgraft.selection.clusters import NOISE, Clusters
 from fedgraft.selection.coreset import Indices, Selection, Summary, grouped, take, tell
 from fedgraft.selection.projection import Map, Points, project, shared_map
 from fedgraft.text.dialogues import Template
@@ -90,6 +90,26 @@ class _Made:
 
 
 _PARTS = fields(Clusters)
+
+
+def last_labels(folder: Path, num_examples: int) -> Indices | None:
+    """The cluster of each example at a client's last choice; -1 is in none, or passed over.
+
+    None where it has made no choice by clusters.
+    """
+    files = sorted(folder.glob(f"{CHOICE}-*.safetensors"))
+    if not files:
+        return None
+    made = _Made.load(files[-1])
+    labels = np.full(num_examples, NOISE)
+    labels[made.places] = made.clusters.labels
+    return labels
+
+
+def all_chosen(folder: Path) -> list[int]:
+    """Places of a client's examples that were trained on in any round, ascending."""
+    files = folder.glob(f"{CHOSEN}-*.json")
+    return sorted({place for file in files for place in json.loads(file.read_bytes())})
 
 
 class Choice:

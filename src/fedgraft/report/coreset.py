@@ -8,9 +8,12 @@ OUT/fedgraft.json    how it was made
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedgraft.provenance import Record, new_artefact, version
 from fedgraft.report import figures
@@ -92,30 +95,43 @@ def _tiles(selected: Selected) -> Iterator[Tile]:
 def _plots(selected: Selected) -> Iterator[Plot]:
     """The map by cluster, and by client where there are several."""
     where = f"Drawn by {selected.plane_words}. A ring is a chosen example."
-    numbers = {
-        pair: number
-        for number, pair in enumerate(
-            sorted(set(zip(selected.clients, selected.clusters, strict=True)))
-        )
-        if pair[1] >= 0
-    }
-    groups = [
-        numbers.get(pair, -1) for pair in zip(selected.clients, selected.clusters, strict=True)
-    ]
-    yield Plot(
-        title="By cluster",
-        svg=figures.places(selected.plane, groups, selected.chosen),
-        caption=f"{where} Neighbouring colours are other clusters; grey is in none.",
+    yield by_cluster(
+        selected.plane, selected.clients, selected.clusters, selected.chosen, caption=where
     )
-    names = sorted(set(selected.clients))
-    if len(names) > 1:
-        yield Plot(
-            title="By client",
-            svg=figures.places(
-                selected.plane,
-                [names.index(one) for one in selected.clients],
-                selected.chosen,
-                names=names if len(names) <= len(figures.WHEEL) else (),
-            ),
-            caption=where,
-        )
+    if len(set(selected.clients)) > 1:
+        yield by_client(selected.plane, selected.clients, selected.chosen, caption=where)
+
+
+def by_cluster(
+    plane: NDArray[np.float32],
+    clients: Sequence[str],
+    clusters: Sequence[int],
+    chosen: Sequence[int],
+    *,
+    caption: str,
+) -> Plot:
+    """A map of examples, coloured by the clusters of each client."""
+    pairs = list(zip(clients, clusters, strict=True))
+    numbers = {pair: n for n, pair in enumerate(sorted(set(pairs))) if pair[1] >= 0}
+    return Plot(
+        title="By cluster",
+        svg=figures.places(plane, [numbers.get(pair, -1) for pair in pairs], chosen),
+        caption=f"{caption} Neighbouring colours are other clusters; grey is in none.",
+    )
+
+
+def by_client(
+    plane: NDArray[np.float32], clients: Sequence[str], chosen: Sequence[int], *, caption: str
+) -> Plot:
+    """A map of examples, coloured by client."""
+    names = sorted(set(clients))
+    return Plot(
+        title="By client",
+        svg=figures.places(
+            plane,
+            [names.index(one) for one in clients],
+            chosen,
+            names=names if len(names) <= len(figures.WHEEL) else (),
+        ),
+        caption=caption,
+    )

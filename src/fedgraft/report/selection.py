@@ -1,11 +1,14 @@
 """A study of selection as one HTML page: what was chosen, what it gave, and what it cost."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+
+import numpy as np
 
 from fedgraft.noise import Spent
 from fedgraft.report import figures
+from fedgraft.report.coreset import by_client, by_cluster
 from fedgraft.report.departments import heat
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
@@ -58,6 +61,7 @@ def render(result: Selections) -> str:
         colours=_colours(result),
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
+        maps=list(_maps(result)),
         tables=list(_tables(result)),
         costs=list(_costs(result)),
         privacy=list(_privacy(result)),
@@ -134,6 +138,22 @@ def _plots(result: Selections) -> Iterator[Plot]:
             svg = figures.dots(rows)
             better = "lower"
         yield Plot(title=title, svg=svg, caption=f"A dot is a seed; {better} is better.")
+
+
+def _maps(result: Selections) -> Iterator[Plot]:
+    """What two arms made of the same examples, by cluster where it has some, and by client."""
+    if result.mapped is None:
+        return
+    mapped, plane = result.mapped, np.array(result.mapped.plane, np.float32)
+    for arm, marked in mapped.arms.items():
+        caption = f"{arm}, seed {result.seeds[0]}: a ring is trained on in some round."
+        if marked.clusters:
+            plot = by_cluster(
+                plane, mapped.clients, marked.clusters, marked.chosen, caption=caption
+            )
+            yield replace(plot, title=f"{arm}, by cluster")
+        plot = by_client(plane, mapped.clients, marked.chosen, caption=caption)
+        yield replace(plot, title=f"{arm}, by client")
 
 
 def _tables(result: Selections) -> Iterator[Table]:

@@ -247,8 +247,13 @@ def _plane(
         for client, places in members.items():
             plane[places] = points[client]
         return plane, "the two dimensions that were clustered"
+    return drawn(found, seed=seed)
+
+
+def drawn(found: Features, *, seed: int) -> tuple[Points, str]:
+    """Where a map draws examples, [n, 2], and how that was found: t-SNE where they are not many."""
     if len(found) <= MOST_EMBEDDED:
-        drawn = Projection(name="tsne", num_dimensions=2, scaling="unit")
-        return project(found, drawn, seed=seed), "t-SNE of all layers"
-    drawn = Projection(name="pca", num_dimensions=2, scaling="unit")
-    return project(found, drawn, seed=seed), "two principal components of all layers"
+        plane = Projection(name="tsne", num_dimensions=2, scaling="unit")
+        return project(found, plane, seed=seed), "t-SNE of all layers"
+    plane = Projection(name="pca", num_dimensions=2, scaling="unit")
+    return project(found, plane, seed=seed), "two principal components of all layers"

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from fedgraft.study import arms, departments, forgetting, lineage, selection
+from fedgraft.study import arms, departments, forgetting, lineage, selection, selection_plan
+from fedgraft.study import plan as plans
+from fedgraft.study.machine import Machine
+from fedgraft.study.plan import SHARE, Plan
 from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.result import Departments, Forgetting, Lineages, Result, Selections
 from fedgraft.study.selection import SelectionStudy
@@ -48,6 +51,19 @@ def run(
             return departments.run(study, out, say=say)
         case "arms":
             return arms.run(study, out, say=say)
+
+
+def plan(
+    study: Study | LineageStudy | SelectionStudy,
+    machine: Machine,
+    *,
+    num_processes: int = 1,
+    share: float = SHARE,
+) -> Plan:
+    """Say what a study of any kind would take. Raises StudyError as `study.plan.plan` does."""
+    if isinstance(study, SelectionStudy):
+        return selection_plan.plan(study, machine, num_processes=num_processes, share=share)
+    return plans.plan(study, machine, num_processes=num_processes, share=share)
 
 
 def _keys(file: Path) -> set[str]:

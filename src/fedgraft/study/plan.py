@@ -50,7 +50,7 @@ OTHER_ARMS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
+class Work:
     """Runs that a study asks for."""
 
     stage: str
@@ -97,6 +97,21 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Examples that the frozen model reads so that they can be compared."""
+
+    num_examples: int
+    num_tokens: int
+    num_times: int
+    """Encodings, each of which reads them once."""
+    flops: float
+    """Of all, like the following."""
+    seconds: float
+    num_bytes: int
+    """That are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What a study would take."""
 
@@ -120,6 +135,8 @@ class Plan:
     """Text and models that the study needs and a dry run does not."""
     notes: tuple[str, ...]
     """What a person should know before starting."""
+    reading: Reading | None = None
+    """Of a study of selection."""
 
     @property
     def flops(self) -> float:
@@ -144,17 +161,11 @@ def plan(
     Raises StudyError, with all faults at once, for settings under which a run could not start: a
     budget below one row, rows that cannot be shared out evenly, sizes that are not the model's.
     """
-    if not 0 < share <= 1:
-        raise StudyError(
-            f"expected a share of the machine's rate above 0 and at most 1, found {share:g}; "
-            f"{SHARE} is a fair guess on a GPU"
-        )
-    if num_processes < 1:
-        raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
+    check_machine(num_processes, share)
     row = study.row_length
     if isinstance(study, LineageStudy):
         shapes = {
-            name: _shape(checkpoint, study.shape_of(name), "shape")
+            name: shape_of(checkpoint, study.shape_of(name), "shape")
             for name, checkpoint in study.checkpoints.items()
         }
         first = next(iter(shapes))
@@ -162,19 +173,17 @@ def plan(
         works = list(_of_lineage(study, {name: found for name, (found, _) in shapes.items()}))
     else:
         base = study.family.base
-        shape, at_hand = _shape(base, study.family.shape, "family.shape")
+        shape, at_hand = shape_of(base, study.family.shape, "family.shape")
         works = list(_of_study(study, shape))
     faults = [
-        f"  {work.key}.{fault}"
-        for work in works
-        for fault in (*_faults(work, row), *_uneven(work.settings, row, num_processes))
+        f"  {work.key}.{fault}" for work in works for fault in amiss(work, row, num_processes)
     ]
     if faults:
         raise StudyError(
             f"study {study.name}: found {len(faults)} settings with which training could not "
             "start:\n" + "\n".join(faults)
         )
-    trainings = tuple(_training(work, row, machine, num_processes, share) for work in works)
+    trainings = tuple(training_of(work, row, machine, num_processes, share) for work in works)
     if isinstance(study, LineageStudy):
         models = tuple(study.checkpoints.values())
         num_grafts, residuals, kept = _num_grafts(study)
@@ -185,7 +194,7 @@ def plan(
         residuals, kept = 1, 1 if study.curve else num_grafts  # a curve's are scored and go
         tuning = study.tuning
         ratio = tuning_ratio(tuning, study.pretrain.num_tokens) if tuning else None
-    stored = _model_bytes(shape)
+    stored = model_bytes(shape)
     missing = tuple(model for model in models if fetched(model) is None)
     return Plan(
         study=study.name,
@@ -211,7 +220,7 @@ def plan(
     )
 
 
-def _of_study(study: Study, shape: Shape) -> Iterator[_Work]:
+def _of_study(study: Study, shape: Shape) -> Iterator[Work]:
     """What a study of arms, of forgetting or of departments trains."""
     num_ways = len(study.ways) if study.curve else 1
     num_arms = 1 if study.kind == "departments" else ARMS_TRAINED
@@ -227,10 +236,10 @@ def _of_study(study: Study, shape: Shape) -> Iterator[_Work]:
         settings["adapters"] = study.federation.training, _client_rounds(study, study.federation)
     for stage, (one, num_runs) in settings.items():
         key = "pretrain" if stage == "pre-training" else stage
-        yield _Work(stage=stage, key=key, settings=one, num_runs=num_runs, shape=shape)
+        yield Work(stage=stage, key=key, settings=one, num_runs=num_runs, shape=shape)
 
 
-def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[_Work]:
+def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[Work]:
     """What a study of lineages trains; models that are trained alike stand together."""
     shapes = dict(came)
     alike: dict[tuple[PretrainSettings, Shape], list[str]] = {}
@@ -242,7 +251,7 @@ def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[_Wor
             alike.setdefault((settings_of(recipe.training), shapes[name]), []).append(name)
     for (settings, own), names in alike.items():
         recipe = study.recipes[names[0]]
-        yield _Work(
+        yield Work(
             stage=", ".join(names),
             key=f"models.{names[0]}.{recipe.verb}",
             settings=settings,
@@ -287,6 +296,17 @@ def _client_rounds(study: Study, federation: FederationPart) -> int:
     return num_arms * num_clients * federation.num_rounds * len(study.seeds)
 
 
+def check_machine(num_processes: int, share: float) -> None:
+    """Raise StudyError for no process, and for a share of a machine's rate that cannot be."""
+    if not 0 < share <= 1:
+        raise StudyError(
+            f"expected a share of the machine's rate above 0 and at most 1, found {share:g}; "
+            f"{SHARE} is a fair guess on a GPU"
+        )
+    if num_processes < 1:
+        raise StudyError(f"expected at least 1 process, found {num_processes}; give a number above")
+
+
 def memory_choices(plan: Plan, training: Training) -> dict[str, Memory]:
     """What a run would hold by what is trained: `full`, or LoRA, with checkpointing or without."""
     rank = training.rank or Lora().rank
@@ -311,7 +331,7 @@ def in_words(rank: int | None, gradient_checkpointing: bool) -> str:
     return f"{trained}, recompute" if gradient_checkpointing else trained
 
 
-def _shape(base: str, given: Shape | None, where: str) -> tuple[Shape, bool]:
+def shape_of(base: str, given: Shape | None, where: str) -> tuple[Shape, bool]:
     """The model's sizes, and whether the checkpoint itself said so."""
     folder = fetched(base)
     if folder is None:
@@ -352,7 +372,13 @@ def _budgets(settings: TrainingSettings) -> tuple[int, ...]:
     return settings.budgets if isinstance(settings, PretrainSettings) else ()
 
 
-def _faults(work: _Work, row: int) -> Iterator[str]:
+def amiss(work: Work, row: int, num_processes: int) -> Iterator[str]:
+    """Settings with which runs could not start."""
+    yield from _faults(work, row)
+    yield from _uneven(work.settings, row, num_processes)
+
+
+def _faults(work: Work, row: int) -> Iterator[str]:
     """Settings with which no number of processes could start."""
     settings, tokens = work.settings, work.settings.num_tokens
     if tokens < row:
@@ -393,8 +419,8 @@ def _uneven(settings: TrainingSettings, row: int, processes: int) -> Iterator[st
         )
 
 
-def _training(
-    work: _Work,
+def training_of(
+    work: Work,
     row: int,
     machine: Machine,
     num_processes: int,
@@ -417,7 +443,7 @@ def _training(
     adapter = isinstance(settings, AdapterSettings)
     trained = shape.num_parameters if rank is None else shape.adapter_parameters(rank)
     checkpoints = tuple(sorted({*_budgets(settings), settings.num_tokens}))
-    stored = trained * DTYPES["F32"].itemsize if adapter else _model_bytes(shape)
+    stored = trained * DTYPES["F32"].itemsize if adapter else model_bytes(shape)
     return Training(
         stage=work.stage,
         shape=shape,
@@ -449,7 +475,7 @@ def _training(
     )
 
 
-def _model_bytes(shape: Shape) -> int:
+def model_bytes(shape: Shape) -> int:
     """A checkpoint of the model on disk, in the dtype of its weights."""
     names = {name: key for key, name in CONFIG_DTYPES.items()}
     return shape.num_parameters * DTYPES[names[shape.dtype]].itemsize
@@ -460,17 +486,12 @@ def _notes(
     shape: Shape,
     machine: Machine,
     trainings: tuple[Training, ...],
-    works: list[_Work],
+    works: list[Work],
     num_processes: int,
 ) -> Iterator[str]:
     row, positions = study.row_length, shape.max_position_embeddings
-    for training, work in zip(trainings, works, strict=True):
-        if training.memory.total > machine.memory_bytes:
-            yield (
-                f"{training.stage} does not fit: {_gigabytes(training.memory.total)} a process, "
-                f"{_gigabytes(machine.memory_bytes)} on {machine.name}; "
-                + _remedy(row, work.shape, machine, training, num_processes)
-            )
+    for training in trainings:
+        yield from misfit(training, machine, num_processes)
     if row > positions:
         yield (
             f"rows of {row} tokens are longer than the model's {positions} positions: a document "
@@ -506,16 +527,24 @@ def _read_of_departments(study: Study | LineageStudy) -> float:
     )
 
 
-def _remedy(
-    row: int, shape: Shape, machine: Machine, training: Training, num_processes: int
-) -> str:
+def misfit(training: Training, machine: Machine, num_processes: int) -> Iterator[str]:
+    """Where a run does not fit into a device's memory, and the first thing that would help."""
+    if training.memory.total > machine.memory_bytes:
+        yield (
+            f"{training.stage} does not fit: {_gigabytes(training.memory.total)} a process, "
+            f"{_gigabytes(machine.memory_bytes)} on {machine.name}; "
+            + _remedy(training, machine, num_processes)
+        )
+
+
+def _remedy(training: Training, machine: Machine, num_processes: int) -> str:
     """The first thing that would make it fit: smaller passes, recomputing, more devices."""
 
     def fits(rows: int, recompute: bool, processes: int) -> bool:
         need = training_memory(
-            shape,
+            training.shape,
             micro_batch_rows=rows,
-            row_length=row,
+            row_length=training.row_length,
             precision=training.precision,
             gradient_checkpointing=recompute,
             rank=training.rank,

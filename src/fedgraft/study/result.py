@@ -470,6 +470,28 @@ class ScoredChoice(_Record):
     """What centroids told of any one example, where they were noised."""
 
 
+class Marked(_Record):
+    """What an arm made of the examples of a map."""
+
+    clusters: tuple[int, ...]
+    """[n], of its client's clusters at the last choice; -1 is in none, or passed over. Empty for
+    an arm without clusters."""
+    chosen: tuple[int, ...]
+    """Places of those that were trained on in any round, rising."""
+
+
+class Mapped(_Record):
+    """The examples of all clients in a plane, with the first seed."""
+
+    words: str
+    """How the plane was found."""
+    plane: tuple[tuple[float, float], ...]
+    """[n]"""
+    clients: tuple[str, ...]
+    """[n]"""
+    arms: dict[str, Marked]
+
+
 class Compared(_Record):
     """An arm against another, seed by seed."""
 
@@ -506,6 +528,8 @@ class Selections(_Found):
     summary: dict[str, dict[str, Summary]]
     compared: tuple[Compared, ...]
     partition: Holdings
+    mapped: Mapped | None = None
+    """None where no arm has clusters."""
 
 
 class Made(_Record):

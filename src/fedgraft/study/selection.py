@@ -25,7 +25,6 @@ The file, beside `name`, `question` and `seeds`:
       aligned: { method: federated, budget: 0.015 }
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
@@ -33,6 +32,7 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from fedgraft.errors import FederationError, StudyError
@@ -43,7 +43,7 @@ from fedgraft.evaluation.scorecard import (
     ROUGE_L_LEGACY,
     evaluate,
 )
-from fedgraft.federation.choice import CHOSEN
+from fedgraft.federation.choice import all_chosen, last_labels
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History
 from fedgraft.federation.in_process import InProcess
@@ -62,10 +62,24 @@ from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.progress import progress
 from fedgraft.provenance import derive_seed, hash_json
+from fedgraft.selection.clusters import NOISE
 from fedgraft.selection.coreset import Selection
+from fedgraft.selection.projection import Projection, project, shared_map
+from fedgraft.selection.reader import Reader
+from fedgraft.selection.select import drawn
 from fedgraft.study.cost import StageCost
-from fedgraft.study.result import Compared, Holdings, ScoredChoice, Selections, Summary, Unit
+from fedgraft.study.result import (
+    Compared,
+    Holdings,
+    Mapped,
+    Marked,
+    ScoredChoice,
+    Selections,
+    Summary,
+    Unit,
+)
 from fedgraft.study.run import Run, versions
+from fedgraft.study.shape import Shape
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import (
     EvaluationPart,
@@ -103,11 +117,15 @@ WORDS: Mapping[str, tuple[str, Unit]] = {
     RESPONSE_NATS: ("loss on the given answers, nats per token", "nats"),
 }
 """The scores of a study of selection, in words."""
-SCORED = "scored.json"
+SCORED, MARKS, PLANE = "scored.json", "marks.json", "plane.json"
+MAP = "map"
+"""Below the output of a study: where all examples lie."""
 START = "start"
 """The arm that is the model before any training."""
 CLIENTS = "clients"
 """Below the output of a federation: a folder for what each client keeps."""
+NUM_DIRECTIONS = 64
+"""That a map is drawn from; they keep distances to about a sixth."""
 
 
 class _Part(BaseModel):
@@ -162,6 +180,8 @@ class SelectionStudy(_Part):
     name: str
     question: str
     model: str | None = None
+    shape: Shape | None = None
+    """Sizes of `model` from its config.json, for a plan before it is fetched."""
     graft: GraftPart | None = None
     train: Source
     test: Source
@@ -176,6 +196,7 @@ class SelectionStudy(_Part):
     evaluation: EvaluationPart = EvaluationPart()
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _not_there: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def kind(self) -> Literal["selection"]:
@@ -186,11 +207,18 @@ class SelectionStudy(_Part):
         """The settings with defaults filled in and paths as the file names them."""
         return self._as_written
 
+    @property
+    def not_there(self) -> tuple[str, ...]:
+        """Text, as the file names it, that a dry run did not find."""
+        return self._not_there
+
     @model_validator(mode="after")
     def _consistent(self) -> "SelectionStudy":
         if (self.model is None) == (self.graft is None):
             found = "neither" if self.model is None else "both"
             raise ValueError(f"expected either model or graft, found {found}")
+        if self.graft and self.shape:
+            raise ValueError("shape: is the model's; the sizes of a graft go to graft.family.shape")
         if self.against not in self.arms:
             raise ValueError(
                 f"against: {self.against} is none of the arms {', '.join(self.arms)}; name one"
@@ -198,7 +226,8 @@ class SelectionStudy(_Part):
         if START in self.arms:
             raise ValueError(f"arms: {START} is the model before training; take another name")
         told = {"selection": "arms", "seed": "seeds", "row_length": "row_length"}
-        told |= {"window": "evaluation.window", "share": "(all clients have one adapter)"}
+        told |= {"prompt": "prompt", "window": "evaluation.window"}
+        told |= {"share": "(all clients have one adapter)"}
         if twice := sorted(told.keys() & self.federation.model_fields_set):
             raise ValueError(f"federation.{twice[0]}: comes from {told[twice[0]]}; take it out")
         if "seed" in self.partition.model_fields_set:
@@ -216,8 +245,11 @@ class SelectionStudy(_Part):
     ) -> "SelectionStudy":
         """Read a study file and find every path that it names. Raises StudyError, all at once."""
         written = read_yaml(file, cls, "study of selection")
-        content, _ = with_paths(written.model_dump(exclude_unset=True), Path(file), places, dry=dry)
+        content, not_there = with_paths(
+            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
+        )
         study = cls.model_validate(content)
+        study._not_there = not_there
         study._as_written = written.model_dump(mode="json")
         return study
 
@@ -230,6 +262,7 @@ class SelectionStudy(_Part):
             "share": "organisation",
             "row_length": self.row_length,
             "window": self.evaluation.window,
+            "prompt": self.prompt,
             "seed": derive_seed(seed, "federation"),
             "selection": own.selection,
         }
@@ -337,6 +370,7 @@ class _Run:
             summary=summary,
             compared=compared,
             partition=self._holdings(first),
+            mapped=self._mapped(first, summary),
             residual=self.model_run.residual_facts() if self.model_run else {},
             losses=self.model_run.losses if self.model_run else {},
             costs=(*(self.model_run.costs if self.model_run else ()), *self.costs),
@@ -408,7 +442,8 @@ class _Run:
                 folder, ScoredChoice(arm=START, seed=seed, scores=self._scores(model, None))
             )
 
-        return self._stage(f"seed-{seed}/{START}", model, {}, make, f"seed {seed}: score the start")
+        title, settings = f"seed {seed}: score the start", {"prompt": self.study.prompt}
+        return self._stage(f"seed-{seed}/{START}", model, settings, make, title)
 
     def _arm(
         self, arm: str, model: Path, clients: Mapping[str, list[Dialogue]], seed: int
@@ -440,10 +475,74 @@ class _Run:
                 **_told(history, clients, work),
             )
             self._write(folder, found)
+            (folder / MARKS).write_text(_marked(clients, work).model_dump_json(), encoding="utf-8")
 
-        settings = {"plan": plan.model_dump(mode="json"), "prompt": study.prompt}
+        settings = {"plan": plan.model_dump(mode="json")}
         inputs = {name: hash_examples(ours) for name, ours in clients.items()}
         return self._stage(f"seed-{seed}/{arm}", model, settings, make, title, inputs)
+
+    def _mapped(
+        self,
+        clients: Mapping[str, Sequence[Dialogue]],
+        summary: Mapping[str, Mapping[str, Summary]],
+    ) -> Mapped | None:
+        """Where the examples lie, and what two arms chose: the best with clusters, and `against`.
+
+        The plane is of random directions of all layers: as far apart as features, and few.
+        """
+        study, seed = self.study, self.study.seeds[0]
+        read = {
+            arm: Marked.model_validate_json((self.out / f"seed-{seed}/{arm}/{MARKS}").read_bytes())
+            for arm in study.arms
+        }
+        clustered = [arm for arm in read if read[arm].clusters and not study.arms[arm].pooled]
+        if not clustered:
+            return None
+        best = _best(summary, clustered)
+        model = self._model(seed)
+
+        def make(folder: Path) -> None:
+            reader, directions = Reader(model), Projection(num_dimensions=NUM_DIRECTIONS)
+            encoding = study.arms[best].encoding
+            points = []
+            for ours in clients.values():
+                found = reader.features(
+                    ours,
+                    encoding,
+                    window=study.evaluation.window,
+                    prompt=study.prompt,
+                    folder=self.out / "features",
+                )
+                _, num_layers, hidden = found.shape
+                shared = shared_map(directions, num_layers=num_layers, hidden=hidden, seed=seed)
+                points.append(project(found, directions, shared=shared))
+            plane, words = drawn(np.concatenate(points)[:, None], seed=seed)
+            names = [name for name, ours in clients.items() for _ in ours]
+            mapped = Mapped(
+                words=words,
+                plane=tuple((round(float(x), 2), round(float(y), 2)) for x, y in plane),
+                clients=tuple(names),
+                arms={},
+            )
+            (folder / PLANE).write_text(mapped.model_dump_json(), encoding="utf-8")
+
+        inputs = {name: hash_examples(ours) for name, ours in clients.items()}
+        run_stage(
+            self.out / MAP,
+            title=f"draw the examples, as {best} reads them",
+            inputs={"model": Checkpoint.open(model).content_hash, **inputs},
+            settings={
+                "encoding": study.arms[best].encoding.model_dump(mode="json"),
+                "prompt": study.prompt,
+                "window": study.evaluation.window,
+                "seed": seed,
+            },
+            make=make,
+            say=self.say,
+        )
+        plane = Mapped.model_validate_json((self.out / MAP / PLANE).read_bytes())
+        shown = {arm: read[arm] for arm in (best, study.against)}
+        return plane.model_copy(update={"arms": shown})
 
     def _together(
         self,
@@ -534,8 +633,8 @@ def _told(
     for name, ours in clients.items():
         if not any(done.chosen for done in history.rounds):
             chosen[name] = set(range(len(ours)))
-        for file in sorted((work / CLIENTS / name).glob(f"{CHOSEN}-*.json")):
-            chosen.setdefault(name, set()).update(json.loads(file.read_text(encoding="utf-8")))
+        else:
+            chosen[name] = set(all_chosen(work / CLIENTS / name))
     seen = {clients[name][place].group for name, places in chosen.items() for place in places}
     parts = [part for done in history.rounds for part in done.parts if part.counted]
     return {
@@ -550,6 +649,29 @@ def _told(
         "num_kept": sum(bool(done.kept) for done in history.rounds),
         "spent": history.centroids,
     }
+
+
+def _marked(clients: Mapping[str, Sequence[Dialogue]], work: Path) -> Marked:
+    """What was clustered and trained on, of all clients one after the other."""
+    clusters: list[int] = []
+    chosen: list[int] = []
+    clustered, before = False, 0
+    for name, ours in clients.items():
+        labels = last_labels(work / CLIENTS / name, len(ours))
+        clustered |= labels is not None
+        clusters += [NOISE] * len(ours) if labels is None else labels.tolist()
+        chosen += [before + place for place in all_chosen(work / CLIENTS / name)]
+        before += len(ours)
+    return Marked(clusters=tuple(clusters) if clustered else (), chosen=tuple(chosen))
+
+
+def _best(summary: Mapping[str, Mapping[str, Summary]], arms: Sequence[str]) -> str:
+    """The best of some arms by the first score that they have."""
+    for name, (_, unit) in WORDS.items():
+        values = {arm: summary[arm][name].mean for arm in arms if name in summary.get(arm, {})}
+        if values:
+            return (min if unit == "nats" else max)(values, key=values.__getitem__)
+    return arms[0]
 
 
 def over_seeds(scored: Iterable[ScoredChoice]) -> dict[str, dict[str, Summary]]:
