@@ -22,6 +22,7 @@ from fedgraft.study.study import Study
 from fedgraft.weights.checkpoint import Checkpoint, fetched
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+DATA = Path(os.environ.get("FEDGRAFT_DATA", "../shared/data"))
 TRAINS_NOTHING = {
     "table3_llama3_8b",
     "table3_qwen2_1.5b",
@@ -38,7 +39,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "pocket": pocket,
         "company": write_company(folder / "company"),
-        "data": Path(os.environ.get("FEDGRAFT_DATA", folder / "data")),
+        "data": DATA,
         "place": write_material(folder / "material"),
     }
 
@@ -56,6 +57,8 @@ def small(tmp_path: Path, places: dict[str, Path], **changes: Any) -> Study:
 def test_every_study_of_the_project_is_planned(
     file: Path, hardware: str, places: dict[str, Path]
 ) -> None:
+    if "encoder: \"data:" in file.read_text() and not DATA.is_dir():
+        pytest.skip(f"its encoder is not at {DATA}: set FEDGRAFT_DATA")
     study = kinds.load(file, places, dry=True)
     planned = kinds.plan(study, HARDWARE[hardware])
     assert planned.study == file.stem
