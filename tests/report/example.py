@@ -13,7 +13,7 @@ from fedgraft.evaluation.scorecard import (
 from fedgraft.federation.aggregate import Rule
 from fedgraft.federation.history import History, Part, Round, means
 from fedgraft.noise import Spent
-from fedgraft.study.comparison import check_claims, summarise, verdict
+from fedgraft.study.comparison import check_claims, compare, summarise, verdict
 from fedgraft.study.cost import StageCost
 from fedgraft.study.departments import means as department_means
 from fedgraft.study.departments import over_seeds
@@ -139,11 +139,12 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
     return Result(
         name="pocket",
         question="Does a graft keep the instructions that continued pre-training destroys?",
-        verdict=verdict(summary, claims, decisions),
+        verdict=verdict(summary, claims, decisions, compare(cards)),
         claims=claims,
         decisions=decisions,
         arms=tuple(ArmResult(arm=arm, words=ARM_WORDS[arm], scorecards=cards[arm]) for arm in ARMS),
         summary=summary,
+        comparisons=compare(cards),
         scales=tuple(
             ScaleCurve(
                 seed=seed,

@@ -30,8 +30,10 @@ from fedgraft.report.words import (
     spaced,
     spread,
 )
+from fedgraft.study.comparison import in_words
 from fedgraft.study.result import (
     NEW_FACTS,
+    Comparison,
     Departments,
     Federation,
     Forgetting,
@@ -79,12 +81,15 @@ def render(result: Whichever) -> str:
 def _of_arms(result: Result) -> str:
     return fill(
         "template.html",
-        *(duration, count, power, score, spread, figure, size),
+        *(duration, count, power, score, spread, figure, size, in_words),
         result=result,
         labels=LABELS,
         colours=COLOURS,
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
+        pairs=_pairs(result),
+        compared=_compared(result),
+        apart=_apart_plot(result),
         tables=_score_tables(result),
         adapters=_adapter_rows(result),
         merging=_merging_rows(result),
@@ -239,6 +244,51 @@ def _scale_plot(result: Result) -> Plot:
         caption=f"Scores on the validation split by scale, mean over seeds. Chosen: {chosen}, the "
         f"best by “{SCORE_WORDS.get(result.scales[0].metric, result.scales[0].metric)}”. Test "
         "material took no part in it.",
+    )
+
+
+def _pairs(result: Result) -> list[tuple[str, str]]:
+    """The arms that are compared, in words."""
+    pairs = dict.fromkeys((one.arm, one.against) for one in result.comparisons)
+    return [(LABELS[arm], LABELS[against]) for arm, against in pairs]
+
+
+def _compared(result: Result) -> list[tuple[str, list[Comparison]]]:
+    """Each score in words, with its comparison for each of the pairs."""
+    rows: dict[str, list[Comparison]] = {}
+    for one in result.comparisons:
+        rows.setdefault(one.score, []).append(one)
+    return [(score_words(name), ours) for name, ours in rows.items()]
+
+
+def _apart_plot(result: Result) -> Plot | None:
+    """The differences of shares, each with its interval; None where nothing was asked."""
+    asked = [one for one in result.comparisons if one.unit == "share"]
+    names = list(dict.fromkeys(one.score for one in asked))
+    colours = (figures.GREEN, figures.BLUE, figures.VERMILION)
+    series = []
+    pairs = dict.fromkeys((one.arm, one.against) for one in asked)
+    for (arm, against), colour in zip(pairs, colours, strict=False):
+        ours = {
+            one.score: one.difference for one in asked if (one.arm, one.against) == (arm, against)
+        }
+        found = [ours.get(name) for name in names]
+        series.append(
+            Series(
+                name=f"{LABELS[arm]} against {LABELS[against]}",
+                colour=colour,
+                x=[100 * one.value if one else None for one in found],
+                low=[100 * one.low if one else None for one in found],
+                high=[100 * one.high if one else None for one in found],
+            )
+        )
+    if not series:
+        return None
+    return Plot(
+        title="How far apart, and how sure",
+        svg=figures.changes(series, [score_words(name) for name in names], unit=""),
+        caption="Differences in points; right of zero the first of the two is better. A line is "
+        "the 95% interval; where it crosses zero the two cannot be told apart.",
     )
 
 

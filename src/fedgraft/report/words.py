@@ -38,6 +38,7 @@ SCORE_WORDS = {
     "instructions/instruction_loose": "single instructions, loosely read",
     "instructions/right": "right, whatever the form",
     RIGHT_AND_FOLLOWED: "right and as instructed",
+    "instructions/in_form": "in the form asked for, of right answers",
     "knowledge/asked": "facts known, asked in chat",
     NEW_FACTS: "new facts known, asked in chat",
     OLD_FACTS: "old facts known, asked in chat",

@@ -21,7 +21,7 @@ from fedgraft.evaluation.gate import decide
 from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard, evaluate
 from fedgraft.models import open_model
 from fedgraft.provenance import Record, derive_seed, hash_json
-from fedgraft.study.comparison import check_claims, summarise, verdict
+from fedgraft.study.comparison import check_claims, compare, summarise, verdict
 from fedgraft.study.cost import graft_flops, training_flops, tuning_ratio
 from fedgraft.study.material import shared_out
 from fedgraft.study.result import (
@@ -96,12 +96,13 @@ class _Arms(Federating):
             references = {arm: cards[arm][0] for arm in ("base", "instruct")}
             decisions.append(decide(cards["graft"][-1], references, study.gate))
         summary = summarise(card for found in cards.values() for card in found)
+        comparisons = compare(cards)
         claims = check_claims(summary)
         tokens = self._num_tokens()
         Result(
             name=study.name,
             question=study.question,
-            verdict=verdict(summary, claims, decisions),
+            verdict=verdict(summary, claims, decisions, comparisons),
             claims=claims,
             decisions=tuple(decisions),
             arms=tuple(
@@ -109,6 +110,7 @@ class _Arms(Federating):
                 for arm in ARMS
             ),
             summary=summary,
+            comparisons=comparisons,
             scales=tuple(scales),
             merging={
                 way: MergingResult(

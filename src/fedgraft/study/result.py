@@ -20,6 +20,7 @@ A study of arms goes on:
     decisions          the gate's answer for each seed, with its reasons
     arms               for each arm: its scorecards, one a seed (one where seeds do not matter)
     summary            arm -> score -> mean and spread over the seeds
+    comparisons        two arms and a score: how far apart on the same examples, with an interval
     scales             for each seed: the curve on the validation split and the scale chosen
     merging            name -> other ways to add the residual: words, scales by seed, test scores
     adapters           for each department and seed: before (graft) and after
@@ -107,6 +108,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedgraft.errors import ReportError
+from fedgraft.evaluation.difference import Difference
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.federation.aggregate import Rule
@@ -200,6 +202,33 @@ class Claim(_Record):
     target: str
     measured: str
     reached: bool
+
+
+Told = Literal["better", "worse", "the same", "cannot be told", "missing"]
+
+
+class Comparison(_Record):
+    """One score of an arm, less that of another on the same examples."""
+
+    arm: str
+    against: str
+    score: str
+    unit: Unit
+    difference: Difference | None
+    """None where one of the two was not scored."""
+
+    @property
+    def told(self) -> Told:
+        """Which of the two is better, as far as the examples can tell."""
+        if self.difference is None:
+            return "missing"
+        match self.difference.finding:
+            case "more":
+                return "better" if self.unit == "share" else "worse"
+            case "less":
+                return "worse" if self.unit == "share" else "better"
+            case "the same" | "cannot be told" as other:
+                return other
 
 
 class ArmResult(_Record):
@@ -330,6 +359,7 @@ class Result(_Found):
     decisions: tuple[Decision, ...]
     arms: tuple[ArmResult, ...]
     summary: dict[str, dict[str, Summary]]
+    comparisons: tuple[Comparison, ...]
     scales: tuple[ScaleCurve, ...]
     merging: dict[str, MergingResult] = {}
     adapters: tuple[AdapterResult, ...]
