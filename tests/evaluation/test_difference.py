@@ -10,6 +10,7 @@ from tests.evaluation.cards import NAME, card
 from fedgraft.errors import EvaluationError
 from fedgraft.evaluation import difference as module
 from fedgraft.evaluation.difference import Difference, difference
+from fedgraft.evaluation.outcomes import Outcomes
 
 outcomes = st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=60)
 
@@ -44,7 +45,7 @@ def test_the_order_of_examples_does_not_matter(order: list[int]) -> None:
     def found(places: list[int]) -> Difference:
         items = [[(str(p), side[p], 1) for p in places] for side in (ours, theirs)]
         cards = [
-            card(list(side)).model_copy(update={"outcomes": {NAME: module.Outcomes.of(one)}})
+            card(list(side)).model_copy(update={"outcomes": {NAME: Outcomes.of(one)}})
             for side, one in zip((ours, theirs), items, strict=True)
         ]
         return difference(NAME, cards[:1], cards[1:])

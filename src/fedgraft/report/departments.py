@@ -34,6 +34,7 @@ from fedgraft.report.words import (
     size,
     spaced,
     spread,
+    took,
 )
 from fedgraft.study.result import (
     ALL,
@@ -125,7 +126,7 @@ def render(result: Departments) -> str:
     departments = _departments(result)
     return fill(
         "departments.html",
-        *(duration, count, power, figure, score, spread, size),
+        *(duration, count, power, figure, score, spread, size, took),
         result=result,
         labels=LABELS,
         colours=COLOURS,
@@ -150,7 +151,7 @@ def render_federation(result: Federation) -> str:
     )
     return fill(
         "federation.html",
-        *(duration, count, power, figure, score, spread, size),
+        *(duration, count, power, figure, score, spread, size, took),
         result=result,
         tiles=list(_run_tiles(result)),
         finals=_final_rows(history),

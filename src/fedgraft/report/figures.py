@@ -246,10 +246,12 @@ def curves(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     logarithmic: bool = True,
+    words: Callable[[float], str] | None = None,
 ) -> str:
     """Lines of means over an x axis, each in the band from its lowest to its highest.
 
-    `levels` are dashed lines at their first `y`, to be compared with.
+    `levels` are dashed lines at their first `y`, to be compared with. `words` say what stands at a
+    tick of the x axis; `25k`, `1.5M` unless told otherwise.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _plot(2.9)
@@ -279,7 +281,7 @@ def curves(
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         axes.xaxis.set_minor_locator(NullLocator())
         ticks = ticks if logarithmic else ticks[:: 1 + len(ticks) // 12]
-        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        axes.set_xticks(ticks, [(words or _short)(tick) for tick in ticks])
         if y_range:
             axes.set_ylim(*y_range)
         axes.set_xlabel(x_label)

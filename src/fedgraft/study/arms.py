@@ -68,6 +68,7 @@ class _Arms(Federating):
 
     def everything(self) -> None:
         study = self.study
+        self.estimate()
         self.extract()
         cards = {
             "base": [self._score("base", None, self.base)],
@@ -123,7 +124,9 @@ class _Arms(Federating):
             adapters=tuple(adapters),
             residual=self.residual_facts(),
             losses=self.losses,
+            estimates=self.estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             tuning=self._tuning_cost(tokens),
             tokens=tokens,
             federations=tuple(federations),

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from math import sqrt
 from types import MappingProxyType
 
+from fedgraft.evaluation.benchmarks import PAPER_ROWS
 from fedgraft.evaluation.difference import LEVEL, difference
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
@@ -21,12 +22,16 @@ COMPARED = (
     NEW_FACTS,
     OLD_FACTS,
     "perplexity/*/nats_per_token",
-    "benchmark/*",
+    *PAPER_ROWS.values(),
+    "benchmark/gsm8k/in_form",
 )
 """Scores that are, in this order; `*` stands for anything."""
 
 FORMS = MappingProxyType(
-    {"instructions/in_form": (RIGHT_AND_FOLLOWED, "instructions/right")},
+    {
+        "instructions/in_form": (RIGHT_AND_FOLLOWED, "instructions/right"),
+        "benchmark/gsm8k/in_form": (PAPER_ROWS["GSM8K", "strict-EM"], PAPER_ROWS["GSM8K", "EM"]),
+    },
 )
 """Score -> (strict, flexible): of the answers that are right, the share in the form asked. GSM8K
 in arXiv 2410.10739 falls from 75% to 47% by strict match while flexible match stays at 75%:

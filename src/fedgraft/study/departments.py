@@ -74,6 +74,7 @@ class _Departments(Federating):
         shares = {
             seed: shared_out(self.material.splits, part.partition, seed) for seed in study.seeds
         }
+        self.estimate()
         self.extract()
         scored: list[Scored] = []
         federations: list[Together] = []
@@ -110,7 +111,9 @@ class _Departments(Federating):
             federations=tuple(federations),
             residual=self.residual_facts(),
             losses=self.losses,
+            estimates=self.estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             settings=study.as_written,
             inputs=self.inputs(),
             versions=versions(),

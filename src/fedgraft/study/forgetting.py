@@ -75,6 +75,7 @@ class _Forgetting(Run):
     def everything(self) -> None:
         study, curve = self.study, self.study.curve
         assert curve
+        self.estimate()
         self.extract()
         self.dialogues = at_equal_distances(
             self.material.test_dialogues, study.evaluation.max_dialogues
@@ -121,7 +122,9 @@ class _Forgetting(Run):
             residual=self.residual_facts(),
             losses=self.losses,
             learning_rates=self.learning_rates,
+            estimates=self.estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             settings=study.as_written,
             inputs=self.inputs(),
             versions=versions(),

@@ -9,7 +9,9 @@ Key by key, as written by a study of any kind:
     verdict            a few sentences in plain words
     residual           facts about it: relative norm, exactness, parameters
     losses             training stage -> [step, nats per target]
+    estimates          before the run, by kind of training: FLOPs, seconds on the machine at hand
     costs              stage by stage: seconds, tokens, FLOPs
+    prices             of the device that ran it, where the study file names them
     settings           the study file as it was read
     inputs             role -> content hash
     versions           fedgraft and the libraries
@@ -114,7 +116,7 @@ from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.federation.aggregate import Rule
 from fedgraft.federation.history import History
 from fedgraft.noise import Spent
-from fedgraft.study.cost import StageCost
+from fedgraft.study.cost import Estimate, Prices, StageCost
 
 _Kind = TypeVar("_Kind")
 Unit = Literal["share", "nats", "bits"]
@@ -335,7 +337,7 @@ class _Written(_Record):
         return partial.rename(file)
 
 
-class _Found(_Written):
+class Found(_Written):
     """What every kind of study writes down."""
 
     kind: str
@@ -345,13 +347,16 @@ class _Found(_Written):
     verdict: str
     residual: dict[str, Any]
     losses: dict[str, tuple[tuple[int, float], ...]]
+    estimates: tuple[Estimate, ...] = ()
+    """None where the model's sizes are not known to `study.shape`, or the kind is not planned."""
     costs: tuple[StageCost, ...]
+    prices: Prices | None = None
     settings: dict[str, Any]
     inputs: dict[str, str]
     versions: dict[str, str]
 
 
-class Result(_Found):
+class Result(Found):
     """See the head of this file."""
 
     kind: Literal["arms"] = "arms"
@@ -411,7 +416,7 @@ class DomainResult(_Record):
     arms: dict[str, dict[str, Summary]]
 
 
-class Forgetting(_Found):
+class Forgetting(Found):
     """See the head of this file."""
 
     kind: Literal["forgetting"] = "forgetting"
@@ -446,7 +451,7 @@ Scores = dict[str, dict[str, dict[str, Summary]]]
 """Arm -> department -> score -> its summary over seeds."""
 
 
-class Departments(_Found):
+class Departments(Found):
     """See the head of this file."""
 
     kind: Literal["departments"] = "departments"
@@ -540,7 +545,7 @@ class Compared(_Record):
         return known and abs(self.difference) > 2 * (self.stderr or 0.0)
 
 
-class Selections(_Found):
+class Selections(Found):
     """See the head of this file."""
 
     kind: Literal["selection"] = "selection"
