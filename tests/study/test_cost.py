@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
