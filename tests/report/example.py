@@ -14,7 +14,7 @@ from fedgraft.federation.aggregate import Rule
 from fedgraft.federation.history import History, Part, Round, means
 from fedgraft.noise import Spent
 from fedgraft.study.comparison import check_claims, compare, summarise, verdict
-from fedgraft.study.cost import StageCost
+from fedgraft.study.cost import Estimate, Prices, StageCost
 from fedgraft.study.departments import means as department_means
 from fedgraft.study.departments import over_seeds
 from fedgraft.study.departments import verdict as departments_verdict
@@ -180,7 +180,19 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         ),
         residual={"num_parameters": 2_360_000, "relative_norm": 0.1731, "num_not_restored": 12},
         losses=losses,
+        estimates=(
+            Estimate(
+                work="pre-training",
+                machine="a machine",
+                rate=1e11,
+                num_runs=2 * len(seeds),
+                paper_flops=2 * len(seeds) * 6.0 * 2_360_000 * 400_000,
+                operations=2 * len(seeds) * 5.5 * 2_360_000 * 400_000,
+                seconds=115.3 * 2 * len(seeds),
+            ),
+        ),
         costs=tuple(costs),
+        prices=Prices(currency="EUR", watts=60, per_kwh=0.3),
         tuning={
             "pretraining_flops": 6.0 * 2_360_000 * 400_000,
             "graft_flops": 2.0 * 2_360_000,

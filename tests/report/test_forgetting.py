@@ -125,3 +125,10 @@ def test_one_seed_is_told_as_one_seed() -> None:
     text = text_of(render(of_one_way((1,))))
     assert "One seed; run more for a spread." in text
     assert "±" not in part(text, "Instructions followed, in figures", "Old facts")
+
+
+def test_following_is_drawn_against_compute_too() -> None:
+    text = render(example_forgetting())
+    part = text[text.index("Score against compute") :]
+    assert "FLOPs of continued pre-training, 6 × parameters × tokens" in part
+    assert "FLOPs more, two a parameter." in part

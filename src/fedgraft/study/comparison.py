@@ -166,9 +166,9 @@ def _in_a_sentence(comparison: Comparison) -> str:
     """The difference in words, and what its interval speaks of."""
     found = comparison.difference
     assert found
-    over = f"{LEVEL:.0%} sure, over {found.num_examples:,} prompts"
-    over += f" and {found.num_seeds} seeds" if found.num_seeds > 1 else ", one seed"
-    return f"{in_words(comparison)}, {over}"
+    over = f"{found.num_examples:,} prompts"
+    over += f" and {found.num_seeds} seeds" if found.num_seeds > 1 else " of one seed"
+    return f"{in_words(comparison)}, a {LEVEL:.0%} interval over {over}"
 
 
 def _shown(score: Summary) -> str:
