@@ -16,6 +16,7 @@ from fedgraft.report.words import (
     LABELS,
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -85,7 +86,7 @@ def render(result: Forgetting) -> str:
     """The page of a study of forgetting."""
     return fill(
         "forgetting.html",
-        *(duration, count, power, figure, shown, took),
+        *(duration, count, power, figure, shown, took, amount),
         result=result,
         labels=LABELS,
         colours=COLOURS,

@@ -21,6 +21,7 @@ from fedgraft.report.words import (
     SCORE_WORDS,
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -85,7 +86,7 @@ def render(result: Whichever) -> str:
 def _of_arms(result: Result) -> str:
     return fill(
         "template.html",
-        *(duration, count, power, score, spread, figure, size, in_words, took),
+        *(duration, count, power, score, spread, figure, size, in_words, took, amount),
         result=result,
         labels=LABELS,
         colours=COLOURS,

@@ -15,6 +15,7 @@ from fedgraft.report.template import fill
 from fedgraft.report.words import (
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -57,7 +58,7 @@ def render(result: Selections) -> str:
     """The page of a study of selection."""
     return fill(
         "selection.html",
-        *(duration, count, power, figure, score, spread, size, took),
+        *(duration, count, power, figure, score, spread, size, took, amount),
         result=result,
         colours=_colours(result),
         tiles=list(_tiles(result)),

@@ -168,6 +168,11 @@ def figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def amount(value: float) -> str:
+    """`1,234.50`, `0.0037`: of money or energy, whatever is small told to two digits."""
+    return f"{value:,.2f}" if value >= 1 else f"{value:.2g}"
+
+
 def count(number: float) -> str:
     """`2.4M`, `400k`, `17`."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
