@@ -19,7 +19,7 @@ from fedgraft.study.result import Result
 
 def text_of(page: str) -> str:
     """What a reader sees of a page, spaces joined."""
-    shown = re.sub(r"<(style|title)\b.*?</\1>", "", page, flags=re.DOTALL)
+    shown = re.sub(r"<(style|title|script)\b.*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", shown)).split())
 
 
@@ -235,7 +235,7 @@ def test_benchmarks_stand_in_the_papers_layout() -> None:
         arm.arm: result.summary[arm.arm] | summarise(arm.scorecards)[arm.arm] for arm in arms
     }
     text = text_of(render(result.model_copy(update={"arms": arms, "summary": summary})))
-    head = "Benchmark Metric base base+400k instruct instruct+400k base+400k+residual"
+    head = "Benchmark Metric base base +400k instruct instruct +400k base +400k +residual"
     assert head in text
     assert "MMLU acc 50.00 50.00 50.00 50.00 50.00" in text
     assert "Benchmark Metric" not in text_of(render(result))
