@@ -126,7 +126,11 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         for arm, seconds in (("s1", 46.1), ("pretrained_base", 44.5)):
             stage = f"{arm}, seed {seed}"
             flops = 6.0 * 2_360_000 * 400_000
-            costs.append(StageCost(stage=stage, seconds=seconds, num_tokens=400_000, flops=flops))
+            costs.append(
+                StageCost(
+                    stage=stage, work="training", seconds=seconds, num_tokens=400_000, flops=flops
+                )
+            )
             drop = 2.2 if arm == "s1" else 2.0
             losses[stage] = tuple(
                 (step, round(1.3 + drop / (1 + step / 12) + 0.01 * seed, 4))
@@ -182,7 +186,7 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         losses=losses,
         estimates=(
             Estimate(
-                work="pre-training",
+                work="training",
                 machine="a machine",
                 rate=1e11,
                 num_runs=2 * len(seeds),

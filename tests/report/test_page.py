@@ -3,6 +3,7 @@
 import html
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tests.report.example import example_result
@@ -10,7 +11,7 @@ from tests.report.pages import only_sorts
 from tests.study.test_tables import card, scores
 
 from fedgraft.errors import ReportError
-from fedgraft.evaluation.gate import Decision, Reason
+from fedgraft.evaluation.gate import Decision, Finding, Reason
 from fedgraft.report.page import render, write_report
 from fedgraft.report.words import count, duration, power, score_words
 from fedgraft.study.comparison import summarise
@@ -191,7 +192,7 @@ def test_what_was_not_scored_in_one_arm_cannot_be_compared() -> None:
 
 
 def test_each_finding_of_the_gate_has_its_own_sign() -> None:
-    findings = ("kept", "lost", "cannot be told", "missing")
+    findings: tuple[Finding, ...] = get_args(Finding)
     reasons = tuple(Reason(finding=one, text=f"it is {one}") for one in findings)
     decision = Decision(candidate="graft", verdict="refuse", reasons=reasons)
     shown = render(example_result().model_copy(update={"decisions": (decision,)}))
@@ -203,7 +204,7 @@ def test_what_it_took_is_told_beside_what_was_expected(page: str) -> None:
     text = text_of(page)
     part = text[text.index("What it took") : text.index("The residual num parameters")]
     # six runs of 115.3 s; 271.8 s measured; 3.1e13 operations at 1e11 a second
-    assert "pre-training 6 3.4 × 10¹³ 3.1 × 10¹³ 11 min 32 s 4 min 32 s 115%" in part
+    assert "training 6 3.4 × 10¹³ 3.1 × 10¹³ 11 min 32 s 4 min 32 s 115%" in part
     assert "0.012 0.0045 0.0035 0.0014" in part
     assert "everything, scoring too" in part
     assert "it was not metered" in part
@@ -213,7 +214,7 @@ def test_an_estimate_that_was_not_made_is_missing_and_without_prices_there_is_no
     bare = example_result().model_copy(update={"estimates": (), "prices": None})
     text = text_of(render(bare))
     part = text[text.index("What it took") : text.index("The residual num parameters")]
-    assert "pre-training missing 4 min 32 s missing" in part
+    assert "training missing 4 min 32 s missing" in part
     assert "EUR" not in part
     assert "kWh" not in part
 

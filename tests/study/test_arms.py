@@ -167,10 +167,10 @@ def test_training_costs_six_flops_a_parameter_and_token(ran: Ran) -> None:
 
 def test_what_training_takes_is_estimated_before_and_measured_after(ran: Ran) -> None:
     estimates = {one.work: one for one in ran.result.estimates}
-    assert estimates.keys() == {"pre-training", "adapters"}
+    assert estimates.keys() == {"training", "adapters"}
     reads = [c for c in ran.result.costs if c.stage.startswith(("s1", "pretrained_base"))]
-    assert estimates["pre-training"].num_runs == len(reads) == 4
-    assert estimates["pre-training"].paper_flops == pytest.approx(
+    assert estimates["training"].num_runs == len(reads) == 4
+    assert estimates["training"].paper_flops == pytest.approx(
         sum(cost.flops for cost in reads), rel=0.1
     )
     for one in estimates.values():

@@ -128,7 +128,7 @@ def test_prices_that_say_nothing_or_too_much_are_refused(told: dict[str, float],
 
 def test_the_share_of_the_rate_is_what_the_clock_says() -> None:
     estimate = Estimate(
-        work="pre-training",
+        work="training",
         machine="a machine",
         rate=1e9,
         num_runs=2,

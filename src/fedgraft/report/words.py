@@ -96,10 +96,8 @@ def took(result: Found) -> list[Took]:
     estimates = {one.work: one for one in result.estimates}
     seconds: dict[str, float] = {}
     for cost in result.costs:
-        if cost.num_tokens:
-            reads = cost.stage.startswith(("s1", "pretrained_base"))
-            work = "pre-training" if reads else "adapters"
-            seconds[work] = seconds.get(work, 0.0) + cost.seconds
+        if cost.work:
+            seconds[cost.work] = seconds.get(cost.work, 0.0) + cost.seconds
     rows = []
     for work in dict.fromkeys((*estimates, *seconds)):
         estimate, measured = estimates.get(work), seconds.get(work)

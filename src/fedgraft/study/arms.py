@@ -68,7 +68,7 @@ class _Arms(Federating):
 
     def everything(self) -> None:
         study = self.study
-        self.estimate()
+        self.estimate(self.study)
         self.extract()
         cards = {
             "base": [self._score("base", None, self.base)],

@@ -24,12 +24,18 @@ PAPER_PARAMETERS, PAPER_EPOCHS = 8_000_000_000, 5
 """Of the paper's example: 8B parameters, five epochs over the tokens."""
 
 
+TRAINING, ADAPTERS = "training", "adapters"
+"""Kinds of work, as plan and report tell them."""
+
+
 class StageCost(BaseModel):
     """What one stage took."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
+    work: str = ""
+    """`training` or `adapters`, as in `Estimate`; empty where nothing was trained."""
     seconds: float
     num_tokens: int = 0
     flops: float = 0.0
@@ -41,7 +47,7 @@ class Estimate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     work: str
-    """`pre-training` or `adapters`."""
+    """`training` (of checkpoints) or `adapters`."""
     machine: str
     rate: float
     """FLOP/s of its matrix products, measured then."""

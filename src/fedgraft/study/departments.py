@@ -74,7 +74,7 @@ class _Departments(Federating):
         shares = {
             seed: shared_out(self.material.splits, part.partition, seed) for seed in study.seeds
         }
-        self.estimate()
+        self.estimate(self.study)
         self.extract()
         scored: list[Scored] = []
         federations: list[Together] = []

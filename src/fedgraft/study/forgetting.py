@@ -75,7 +75,7 @@ class _Forgetting(Run):
     def everything(self) -> None:
         study, curve = self.study, self.study.curve
         assert curve
-        self.estimate()
+        self.estimate(self.study)
         self.extract()
         self.dialogues = at_equal_distances(
             self.material.test_dialogues, study.evaluation.max_dialogues

@@ -139,6 +139,7 @@ class _Lineages(Stages):
 
     def everything(self) -> None:
         study = self.study
+        self.estimate(study)
         cards: dict[str, list[Scorecard]] = {arm: [] for arm in study.arms}
         inspections: dict[tuple[str, int | None], Inspection] = {}
         for seed in study.seeds:
@@ -175,7 +176,9 @@ class _Lineages(Stages):
             residual=self._residual_facts(),
             losses=self.losses,
             learning_rates=self.learning_rates,
+            estimates=self.estimates,
             costs=tuple(self.costs),
+            prices=study.prices,
             settings=study.as_written,
             inputs=self._inputs(),
             versions=versions(),

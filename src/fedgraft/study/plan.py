@@ -19,6 +19,8 @@ from fedgraft.errors import StudyError
 from fedgraft.models import Precision
 from fedgraft.provenance import RECORD
 from fedgraft.study.cost import (
+    ADAPTERS,
+    TRAINING,
     Estimate,
     Operations,
     Prices,
@@ -164,10 +166,10 @@ class Plan:
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
-        """By kind of training, for the result; texts of other kinds are pre-training too."""
+        """By kind of work, for the result."""
         kinds: dict[str, list[Training]] = {}
         for one in self.trainings:
-            work = "adapters" if one.stage == "adapters" else "pre-training"
+            work = ADAPTERS if one.stage == "adapters" else TRAINING
             kinds.setdefault(work, []).append(one)
         return tuple(
             Estimate(

@@ -595,7 +595,7 @@ class Forecast(_Record):
     """Share of the score of the residual's instruct side; None where one was not scored."""
 
 
-class Lineages(_Found):
+class Lineages(Found):
     """See the head of this file."""
 
     kind: Literal["lineage"] = "lineage"

@@ -1,6 +1,6 @@
 """One run of a study: what its stages share, and the stages that every kind of study is made of.
 
-    estimate    what training should take on this machine
+    estimate    what training should take, on the machine as it was measured
     extract     instruct - base
     pretrain    a model reads on
     graft       a model + scale * residual
@@ -23,10 +23,11 @@ from fedgraft.evaluation.knowledge import Question
 from fedgraft.evaluation.scorecard import Scorecard, evaluate
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.provenance import Record, derive_seed, hash_json
-from fedgraft.study.cost import Estimate, StageCost, graft_flops
+from fedgraft.study.cost import ADAPTERS, TRAINING, Estimate, StageCost, graft_flops
 from fedgraft.study.machine import Machine, this_machine
 from fedgraft.study.material import Material, hash_documents
 from fedgraft.study.plan import plan
+from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import Form, Merging, Study
 from fedgraft.text.corpus import Document
@@ -59,7 +60,7 @@ class Stages:
         self.losses: dict[str, tuple[tuple[int, float], ...]] = {}
         self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
 
-    def estimate(self, study: "Study | LineageStudy") -> None:
+    def estimate(self, study: Study | LineageStudy) -> None:
         """Say what training should take; the machine is measured once, before anything is done."""
 
         def make(folder: Path) -> None:
@@ -133,7 +134,7 @@ class Stages:
             say=self.say,
             keep="model-*",
         )
-        self.cost(stage, record, trained=True)
+        self.cost(stage, record, trained=True, work=TRAINING)
         return self.out / place / "model"
 
     def compress(self, residual: Residual, form: Form, place: Path) -> Residual:
@@ -227,11 +228,14 @@ class Stages:
         assert record
         return hash_json(record.model_dump(exclude={"figures"}))
 
-    def cost(self, stage: str, record: Record, *, trained: bool = False) -> None:
+    def cost(
+        self, stage: str, record: Record, *, trained: bool = False, work: str = ADAPTERS
+    ) -> None:
         figures = record.figures
         self.costs.append(
             StageCost(
                 stage=stage,
+                work=work if figures.get("num_tokens") else "",
                 seconds=figures["seconds"],
                 num_tokens=figures.get("num_tokens", 0),
                 flops=figures.get("flops", 0.0),
