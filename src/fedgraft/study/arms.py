@@ -23,6 +23,7 @@ from fedgraft.models import open_model
 from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.comparison import check_claims, compare, summarise, verdict
 from fedgraft.study.cost import graft_flops, training_flops, tuning_ratio
+from fedgraft.study.estimate import estimate
 from fedgraft.study.material import shared_out
 from fedgraft.study.result import (
     ARM_WORDS,
@@ -68,7 +69,7 @@ class _Arms(Federating):
 
     def everything(self) -> None:
         study = self.study
-        self.estimate(self.study)
+        estimates = estimate(self.study, self.out, say=self.say)
         self.extract()
         cards = {
             "base": [self._score("base", None, self.base)],
@@ -124,7 +125,7 @@ class _Arms(Federating):
             adapters=tuple(adapters),
             residual=self.residual_facts(),
             losses=self.losses,
-            estimates=self.estimates,
+            estimates=estimates,
             costs=tuple(self.costs),
             prices=self.study.prices,
             tuning=self._tuning_cost(tokens),

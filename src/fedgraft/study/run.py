@@ -1,6 +1,5 @@
 """One run of a study: what its stages share, and the stages that every kind of study is made of.
 
-    estimate    what training should take, on the machine as it was measured
     extract     instruct - base
     pretrain    a model reads on
     graft       a model + scale * residual
@@ -10,24 +9,18 @@ A study of lineages has the same stages (`Stages`) for models of its own. Each f
 kept, see `study.stage`.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgraft.errors import StudyError
 from fedgraft.evaluation.knowledge import Question
 from fedgraft.evaluation.scorecard import Scorecard, evaluate
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.provenance import Record, derive_seed, hash_json
-from fedgraft.study.cost import ADAPTERS, TRAINING, Estimate, StageCost, graft_flops
-from fedgraft.study.machine import Machine, this_machine
+from fedgraft.study.cost import ADAPTERS, TRAINING, StageCost, graft_flops
 from fedgraft.study.material import Material, hash_documents
-from fedgraft.study.plan import plan
-from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import Form, Merging, Study
 from fedgraft.text.corpus import Document
@@ -44,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCORECARD = "scorecard.json"
-MACHINE = "machine.json"
 PLAINLY = Merging()
 
 
@@ -55,27 +47,9 @@ class Stages:
         self.out, self.say = out, say
         self.hashes: dict[Path, str] = {}
         """Content hashes of checkpoints that no stage made."""
-        self.estimates: tuple[Estimate, ...] = ()
         self.costs: list[StageCost] = []
         self.losses: dict[str, tuple[tuple[int, float], ...]] = {}
         self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
-
-    def estimate(self, study: Study | LineageStudy) -> None:
-        """Say what training should take; the machine is measured once, before anything is done."""
-
-        def make(folder: Path) -> None:
-            told = json.dumps(asdict(this_machine()), indent=1)
-            (folder / MACHINE).write_text(told, encoding="utf-8")
-
-        folder = self.out / "machine"
-        run_stage(
-            folder, title="measure the machine", inputs={}, settings={}, make=make, say=self.say
-        )
-        machine = Machine(**json.loads((folder / MACHINE).read_text(encoding="utf-8")))
-        try:
-            self.estimates = plan(study, machine).estimates
-        except StudyError as error:
-            self.say(f"    no estimate of the time: {error}")
 
     def train(
         self,
