@@ -161,3 +161,14 @@ def test_seeds_that_do_not_pair_are_not_compared() -> None:
 def test_one_example_tells_nothing() -> None:
     with pytest.raises(EvaluationError, match="at least 2 examples to draw from, found 1"):
         difference(NAME, [card([1.0])], [card([0.0])])
+
+
+def test_tenfold_sizes_with_tenfold_amounts_change_nothing() -> None:
+    ours, theirs = noise(1, 30), noise(2, 30)
+    once = difference(NAME, [card(list(ours))], [card(list(theirs))])
+    tenfold = difference(
+        NAME,
+        [card(list(10 * ours), sizes=[10] * 30)],
+        [card(list(10 * theirs), sizes=[10] * 30)],
+    )
+    assert (tenfold.low, tenfold.high) == pytest.approx((once.low, once.high), abs=1e-4)
