@@ -98,11 +98,6 @@ def test_a_plan_of_a_selection_names_its_arms_once_and_what_they_hold_once(
     assert "graft" not in done.output.replace("FEDGRAFT", "").replace("fedgraft", "")
 
 
-def test_a_study_of_selection_is_not_planned_and_says_why() -> None:
-    said = refused(fedgraft("study", "plan", STUDIES / "selection.yaml"))
-    assert "found one of selection, whose cost depends on what is chosen" in said
-
-
 def test_with_prices_a_plan_tells_energy_and_money(tmp_path: Path) -> None:
     prices = {"currency": "EUR", "watts": 700, "per_kwh": 0.3}
     done = fedgraft("study", "plan", of_the_pocket(tmp_path, prices=prices))
