@@ -67,6 +67,7 @@ A study of selection goes on:
     scored             arm, seed: scores, and what was chosen, at what cost
     summary            arm -> score -> mean and spread over the seeds
     compared           arm, score: mean difference to `against` over seeds, its standard error
+    mapped             where the examples of the first seed lie, and which were chosen
     partition          which client has how many dialogues of which group, with the first seed
 
 A study of lineages goes on:
@@ -79,6 +80,7 @@ A study of lineages goes on:
     score              the score that the verdict speaks of
     against            the arm that others are compared with; null where none is
     compared           arm, score: mean difference to `against` over seeds, its standard error
+    mapped             where the examples of the first seed lie, and which were chosen
     axis               what is counted along the lines; empty where there are none
     lines              line -> [place on the axis, arm]
     forecasts          for each plain graft and seed: what its residual is like, how far its target
