@@ -80,7 +80,6 @@ A study of lineages goes on:
     score              the score that the verdict speaks of
     against            the arm that others are compared with; null where none is
     compared           arm, score: mean difference to `against` over seeds, its standard error
-    mapped             where the examples of the first seed lie, and which were chosen
     axis               what is counted along the lines; empty where there are none
     lines              line -> [place on the axis, arm]
     forecasts          for each plain graft and seed: what its residual is like, how far its target
