@@ -96,3 +96,20 @@ def test_a_plan_of_a_selection_names_its_arms_once_and_what_they_hold_once(
         assert words in done.output
     assert done.output.count("memory      of") == 1
     assert "graft" not in done.output.replace("FEDGRAFT", "").replace("fedgraft", "")
+
+
+def test_with_prices_a_plan_tells_energy_and_money(tmp_path: Path) -> None:
+    prices = {"currency": "EUR", "watts": 700, "per_kwh": 0.3}
+    done = fedgraft("study", "plan", of_the_pocket(tmp_path, prices=prices))
+    assert done.exit_code == 0, done.output
+    assert "kWh of training" in done.output
+    assert " EUR of training" in done.output
+    without = fedgraft("study", "plan", of_the_pocket(tmp_path))
+    assert "kWh" not in without.output
+
+
+def test_prices_with_an_unknown_key_are_refused_by_name(tmp_path: Path) -> None:
+    prices = {"currency": "EUR", "per_hour": 2.5, "per_month": 9}
+    assert "prices.per_month" in refused(
+        fedgraft("study", "plan", of_the_pocket(tmp_path, prices=prices))
+    )

@@ -110,16 +110,14 @@ def test_a_group_is_the_mean_over_its_questions_and_each_subject_stands_beside_i
     assert len(pro) == len(CATEGORIES)
 
 
-def test_the_figure_of_each_question_is_kept_and_their_mean_is_the_score(
+def test_what_each_question_gave_is_kept_and_makes_the_score(
     whole: tuple[Scorecard, Path],
 ) -> None:
     card, _ = whole
-    asked = {name for name in PAPER_ROWS.values() if "inst_level" not in name}
-    assert card.by_dialogue.keys() == asked
-    for name in asked:
-        values = card.by_dialogue[name]
-        assert len(values) == card.scores[name].num
-        assert sum(values) / len(values) == pytest.approx(card.value(name))
+    assert card.outcomes.keys() == set(PAPER_ROWS.values())
+    for name, kept in card.outcomes.items():
+        assert sum(kept.sizes or [1] * kept.num_examples) == card.scores[name].num
+        assert kept.value == pytest.approx(card.value(name), rel=1e-5)
 
 
 def test_a_share_of_constraints_has_a_standard_error_over_prompts(
@@ -388,8 +386,9 @@ def test_a_limit_takes_the_first_questions_and_is_told(
     card = run(model, tmp_path, "winogrande", data=data, limit=2)
     assert card.scores["benchmark/winogrande/acc"].num == 2
     assert card.benchmarks["winogrande"].shortcomings == "2 of 4 questions"
-    whole = run(model, tmp_path, "winogrande", data=data).by_dialogue["benchmark/winogrande/acc"]
-    assert card.by_dialogue["benchmark/winogrande/acc"] == whole[:2]
+    whole = run(model, tmp_path, "winogrande", data=data)
+    kept, of_all = (one.outcomes["benchmark/winogrande/acc"] for one in (card, whole))
+    assert (kept.num_examples, of_all.num_examples) == (2, 4)
 
 
 def test_one_question_has_no_standard_error_and_is_refused(

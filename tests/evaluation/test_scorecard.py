@@ -113,7 +113,7 @@ def test_answers_are_compared_with_references_or_given_answers_in_both_definitio
     }
     assert "response/rouge_l_legacy/hr" in found
     assert card.scores["response/rouge_l"].num == 2
-    assert card.by_dialogue["response/rouge_l"] == pytest.approx((1, 2 / 3))
+    assert sorted(card.outcomes["response/rouge_l"].amounts) == pytest.approx([2 / 3, 1])
 
 
 def test_each_response_has_its_own_loss_and_each_part_the_mean_over_its_tokens(
@@ -125,7 +125,10 @@ def test_each_response_has_its_own_loss_and_each_part_the_mean_over_its_tokens(
     card = evaluate(taught.model, taught.tokenizer, arm="taught", responses=responses)
     said = response_perplexity(taught.model, taught.tokenizer, responses).per_text
     nats = [text.nats / text.num_tokens for text in said]
-    assert card.by_dialogue == {"response/nats_per_token": pytest.approx(tuple(nats))}
+    kept = card.outcomes["response/nats_per_token"]
+    assert sorted(kept.amounts) == pytest.approx(sorted(text.nats for text in said))
+    assert kept.sizes is not None
+    assert sorted(kept.sizes) == sorted(text.num_tokens for text in said)
     both = (said[0].nats + said[1].nats) / (said[0].num_tokens + said[1].num_tokens)
     assert card.value("response/nats_per_token/a") == pytest.approx(both)
     assert card.value("response/nats_per_token/b") == pytest.approx(nats[2])
@@ -209,3 +212,27 @@ def test_a_broken_model_gets_no_scores() -> None:
     for material in ({"documents": {"hr": DOCUMENTS}}, {"dialogues": INSTRUCTED}):
         with pytest.raises(NonFiniteError):
             evaluate(model, tiny_tokenizer(), arm="broken", **material)
+
+
+def test_every_score_is_made_of_the_outcomes_that_are_kept_with_it(taught: Taught) -> None:
+    card = evaluate(
+        taught.model,
+        taught.tokenizer,
+        arm="taught",
+        documents={"hr": DOCUMENTS},
+        dialogues=(*INSTRUCTED, *REFERENCED),
+        questions=[Question(id="1", prompt="The door of the mill is", accepted=("blue",))],
+        responses=[dialogue(*lesson) for lesson in LESSONS],
+    )
+    assert card.outcomes.keys() == card.scores.keys()
+    for name, kept in card.outcomes.items():
+        assert kept.value == pytest.approx(card.scores[name].value, rel=1e-5)
+
+
+def test_the_same_examples_in_another_order_give_the_same_outcomes(taught: Taught) -> None:
+    asked = [*INSTRUCTED, *REFERENCED]
+    one, two = (
+        evaluate(taught.model, taught.tokenizer, arm="", dialogues=dialogues)
+        for dialogues in (asked, asked[::-1])
+    )
+    assert one.outcomes == two.outcomes

@@ -13,8 +13,8 @@ from fedgraft.evaluation.scorecard import (
 from fedgraft.federation.aggregate import Rule
 from fedgraft.federation.history import History, Part, Round, means
 from fedgraft.noise import Spent
-from fedgraft.study.comparison import check_claims, summarise, verdict
-from fedgraft.study.cost import StageCost
+from fedgraft.study.comparison import check_claims, compare, summarise, verdict
+from fedgraft.study.cost import Estimate, Prices, StageCost
 from fedgraft.study.departments import means as department_means
 from fedgraft.study.departments import over_seeds
 from fedgraft.study.departments import verdict as departments_verdict
@@ -126,7 +126,11 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         for arm, seconds in (("s1", 46.1), ("pretrained_base", 44.5)):
             stage = f"{arm}, seed {seed}"
             flops = 6.0 * 2_360_000 * 400_000
-            costs.append(StageCost(stage=stage, seconds=seconds, num_tokens=400_000, flops=flops))
+            costs.append(
+                StageCost(
+                    stage=stage, work="training", seconds=seconds, num_tokens=400_000, flops=flops
+                )
+            )
             drop = 2.2 if arm == "s1" else 2.0
             losses[stage] = tuple(
                 (step, round(1.3 + drop / (1 + step / 12) + 0.01 * seed, 4))
@@ -139,11 +143,12 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
     return Result(
         name="pocket",
         question="Does a graft keep the instructions that continued pre-training destroys?",
-        verdict=verdict(summary, claims, decisions),
+        verdict=verdict(summary, claims, decisions, compare(cards)),
         claims=claims,
         decisions=decisions,
         arms=tuple(ArmResult(arm=arm, words=ARM_WORDS[arm], scorecards=cards[arm]) for arm in ARMS),
         summary=summary,
+        comparisons=compare(cards),
         scales=tuple(
             ScaleCurve(
                 seed=seed,
@@ -179,7 +184,19 @@ def example_result(seeds: tuple[int, ...] = (1, 2, 3), *, with_dialogues: bool =
         ),
         residual={"num_parameters": 2_360_000, "relative_norm": 0.1731, "num_not_restored": 12},
         losses=losses,
+        estimates=(
+            Estimate(
+                work="training",
+                machine="a machine",
+                rate=1e11,
+                num_runs=2 * len(seeds),
+                paper_flops=2 * len(seeds) * 6.0 * 2_360_000 * 400_000,
+                operations=2 * len(seeds) * 5.5 * 2_360_000 * 400_000,
+                seconds=115.3 * 2 * len(seeds),
+            ),
+        ),
         costs=tuple(costs),
+        prices=Prices(currency="EUR", watts=60, per_kwh=0.3),
         tuning={
             "pretraining_flops": 6.0 * 2_360_000 * 400_000,
             "graft_flops": 2.0 * 2_360_000,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.report.example import example_forgetting
+from tests.report.pages import only_sorts
 from tests.report.test_page import text_of
 
 from fedgraft.evaluation.scorecard import FOLLOWED
@@ -50,7 +51,7 @@ def test_the_same_result_gives_the_same_page(page: str, tmp_path: Path) -> None:
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
     assert re.findall(r'(?:src|href)="(?!#)', page) == []
     assert re.findall(r"url\((?!#)", page) == []
-    assert "<script" not in page
+    assert only_sorts(page)
 
 
 def test_the_verdict_stands_before_any_figure(page: str) -> None:
@@ -124,3 +125,10 @@ def test_one_seed_is_told_as_one_seed() -> None:
     text = text_of(render(of_one_way((1,))))
     assert "One seed; run more for a spread." in text
     assert "±" not in part(text, "Instructions followed, in figures", "Old facts")
+
+
+def test_following_is_drawn_against_compute_too() -> None:
+    text = render(example_forgetting())
+    part = text[text.index("Score against compute") :]
+    assert "FLOPs of continued pre-training, 6 × parameters × tokens" in part
+    assert "FLOPs more, two a parameter." in part

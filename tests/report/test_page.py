@@ -3,19 +3,24 @@
 import html
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tests.report.example import example_result
+from tests.report.pages import only_sorts
+from tests.study.test_tables import card, scores
 
 from fedgraft.errors import ReportError
+from fedgraft.evaluation.gate import Decision, Finding, Reason
 from fedgraft.report.page import render, write_report
 from fedgraft.report.words import count, duration, power, score_words
+from fedgraft.study.comparison import summarise
 from fedgraft.study.result import Result
 
 
 def text_of(page: str) -> str:
     """What a reader sees of a page, spaces joined."""
-    shown = re.sub(r"<(style|title)\b.*?</\1>", "", page, flags=re.DOTALL)
+    shown = re.sub(r"<(style|title|script)\b.*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", shown)).split())
 
 
@@ -57,7 +62,7 @@ def test_the_same_result_gives_the_same_page(page: str, tmp_path: Path) -> None:
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
     assert re.findall(r'(?:src|href)="(?!#)', page) == []
     assert re.findall(r"url\((?!#)", page) == []
-    assert "<script" not in page
+    assert only_sorts(page)
     assert "<link" not in page
 
 
@@ -162,3 +167,76 @@ def test_scores_are_named_in_words() -> None:
     assert score_words("perplexity/it_support/nats_per_token") == (
         "it support text, nats per token"
     )
+
+
+def test_arms_are_compared_in_words_that_say_what_cannot_be_told(page: str) -> None:
+    text = text_of(page)
+    part = text[text.index("Compared, example by example") : text.index("The arms, score by score")]
+    assert "Score graft against instruct graft against S1 S1 against instruct" in part
+    row = part[part.index("prompts followed in full") :]
+    assert row.startswith("prompts followed in full ▼ worse by 7.0 points (0.8 to 13.3) ▲ better")
+    assert "old facts known, asked in chat cannot be told apart (-" in row
+
+
+def test_what_was_not_scored_in_one_arm_cannot_be_compared() -> None:
+    result = example_result()
+    gone = [
+        one.model_copy(update={"difference": None}) if one.against == "s1" else one
+        for one in result.comparisons
+    ]
+    text = text_of(render(result.model_copy(update={"comparisons": tuple(gone)})))
+    part = text[text.index("Compared, example by example") :]
+    row = part[part.index("prompts followed in full") :]
+    assert re.match(r"prompts followed in full ▼ worse by 7.0 points \([^)]*\) missing ▼", row)
+    assert "graft against S1 missing" in part  # in the plot
+
+
+def test_each_finding_of_the_gate_has_its_own_sign() -> None:
+    findings: tuple[Finding, ...] = get_args(Finding)
+    reasons = tuple(Reason(finding=one, text=f"it is {one}") for one in findings)
+    decision = Decision(candidate="graft", verdict="refuse", reasons=reasons)
+    shown = render(example_result().model_copy(update={"decisions": (decision,)}))
+    for finding, sign in zip(findings, ("good", "bad", "open", "bad"), strict=True):
+        assert f'<li class="{sign}">it is {finding}</li>' in shown
+
+
+def test_what_it_took_is_told_beside_what_was_expected(page: str) -> None:
+    text = text_of(page)
+    part = text[text.index("What it took") : text.index("The residual num parameters")]
+    # six runs of 115.3 s; 271.8 s measured; 3.1e13 operations at 1e11 a second
+    assert "training 6 3.4 × 10¹³ 3.1 × 10¹³ 11 min 32 s 4 min 32 s 115%" in part
+    assert "0.012 0.0045 0.0035 0.0014" in part
+    assert "everything, scoring too" in part
+    assert "it was not metered" in part
+
+
+def test_an_estimate_that_was_not_made_is_missing_and_without_prices_there_is_no_money() -> None:
+    bare = example_result().model_copy(update={"estimates": (), "prices": None})
+    text = text_of(render(bare))
+    part = text[text.index("What it took") : text.index("The residual num parameters")]
+    assert "training missing 4 min 32 s missing" in part
+    assert "EUR" not in part
+    assert "kWh" not in part
+
+
+def test_benchmarks_stand_in_the_papers_layout() -> None:
+    result = example_result()
+    arms = tuple(
+        arm.model_copy(
+            update={
+                "scorecards": tuple(
+                    one.model_copy(update={"scores": {**one.scores, **card(scores()).scores}})
+                    for one in arm.scorecards
+                )
+            }
+        )
+        for arm in result.arms
+    )
+    summary = {
+        arm.arm: result.summary[arm.arm] | summarise(arm.scorecards)[arm.arm] for arm in arms
+    }
+    text = text_of(render(result.model_copy(update={"arms": arms, "summary": summary})))
+    head = "Benchmark Metric base base +400k instruct instruct +400k base +400k +residual"
+    assert head in text
+    assert "MMLU acc 50.00 50.00 50.00 50.00 50.00" in text
+    assert "Benchmark Metric" not in text_of(render(result))

@@ -81,6 +81,8 @@ def without_times(result: Result) -> dict[str, Any]:
     found = result.model_dump()
     for cost in found["costs"]:
         del cost["seconds"]
+    for estimate in found["estimates"]:
+        del estimate["seconds"], estimate["rate"]
     return found
 
 
@@ -161,6 +163,18 @@ def test_training_costs_six_flops_a_parameter_and_token(ran: Ran) -> None:
         assert cost.flops == 6 * ran.result.residual["num_parameters"] * cost.num_tokens
     assert ran.result.tokens == max(cost.num_tokens for cost in costs)
     assert ran.result.tuning["ratio"] == 4096 / ran.result.tokens
+
+
+def test_what_training_takes_is_estimated_before_and_measured_after(ran: Ran) -> None:
+    estimates = {one.work: one for one in ran.result.estimates}
+    assert estimates.keys() == {"training", "adapters"}
+    reads = [c for c in ran.result.costs if c.stage.startswith(("s1", "pretrained_base"))]
+    assert estimates["training"].num_runs == len(reads) == 4
+    assert estimates["training"].paper_flops == pytest.approx(
+        sum(cost.flops for cost in reads), rel=0.1
+    )
+    for one in estimates.values():
+        assert one.seconds == pytest.approx(one.operations / (0.45 * one.rate))
 
 
 def test_the_result_names_no_place_on_this_machine(ran: Ran) -> None:

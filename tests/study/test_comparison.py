@@ -5,11 +5,20 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluation.cards import card as card_of
 
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
-from fedgraft.study.comparison import check_claims, summarise, verdict
-from fedgraft.study.result import ARMS, Claim
+from fedgraft.study.comparison import (
+    MIN_RIGHT,
+    check_claims,
+    compare,
+    in_words,
+    summarise,
+    verdict,
+    with_forms,
+)
+from fedgraft.study.result import ARMS, Claim, Comparison
 
 KNOWN = "knowledge/asked/new"
 TEXT = "perplexity/hr/nats_per_token"
@@ -138,3 +147,80 @@ def test_one_refusal_among_the_seeds_refuses_the_graft() -> None:
     said = verdict(summaries, (), decisions)
     assert "held-out text of 0 of 1 departments better" in said
     assert said.endswith("The gate passed 1 of 2 seeds: do not promote it yet.")
+
+
+RIGHT, IN_FORM = "instructions/right", "instructions/in_form"
+
+
+def answered(arm: str, right: int, in_form: int, of: int = 100) -> Scorecard:
+    """A card of so many right answers, the first of which are in the form asked for."""
+    cards = {
+        name: card_of([1.0] * num + [0.0] * (of - num), arm=arm, name=name)
+        for name, num in ((RIGHT, right), (RIGHT_AND_FOLLOWED, in_form))
+    }
+    return cards[RIGHT].model_copy(
+        update={
+            "scores": {name: one.scores[name] for name, one in cards.items()},
+            "outcomes": {name: one.outcomes[name] for name, one in cards.items()},
+        }
+    )
+
+
+def found(*cards: Scorecard) -> dict[tuple[str, str, str], Comparison]:
+    by_arm: dict[str, list[Scorecard]] = {}
+    for one in cards:
+        by_arm.setdefault(one.arm, []).append(one)
+    return {(one.arm, one.against, one.score): one for one in compare(by_arm)}
+
+
+def test_arms_are_compared_on_the_same_examples() -> None:
+    told = found(answered("graft", 90, 88), answered("s1", 60, 30), answered("instruct", 90, 89))
+    assert told["graft", "s1", RIGHT_AND_FOLLOWED].told == "better"
+    assert told["s1", "instruct", RIGHT_AND_FOLLOWED].told == "worse"
+    assert told["graft", "instruct", RIGHT_AND_FOLLOWED].told == "cannot be told"
+
+
+def test_lower_losses_are_better() -> None:
+    cards = [
+        card_of([value + shift for value in range(30)], arm=arm, name=TEXT, unit="nats")
+        for arm, shift in (("graft", 0.0), ("s1", 1.0))
+    ]
+    assert found(*cards)["graft", "s1", TEXT].told == "better"
+
+
+def test_the_fall_of_form_alone_has_a_line_of_its_own() -> None:
+    """As GSM8K's strict match falls in arXiv 2410.10739, while its flexible match holds."""
+    told = found(answered("instruct", 75, 74), answered("graft", 75, 47))
+    assert told["graft", "instruct", IN_FORM].told == "worse"
+    difference = told["graft", "instruct", IN_FORM].difference
+    assert difference
+    assert difference.value == pytest.approx(47 / 75 - 74 / 75)
+    said = verdict({}, (), (), tuple(told.values()))
+    assert said.startswith("The form of right answers suffers: against the instruct model, the")
+
+
+def test_knowing_less_is_no_fall_of_form() -> None:
+    told = found(answered("instruct", 80, 80), answered("graft", 40, 40))
+    assert told["graft", "instruct", RIGHT_AND_FOLLOWED].told == "worse"
+    assert told["graft", "instruct", IN_FORM].told == "the same"
+
+
+def test_of_few_right_answers_the_form_is_missing() -> None:
+    assert IN_FORM in with_forms(answered("base", MIN_RIGHT, 0)).scores
+    told = found(answered("instruct", 80, 80), answered("graft", MIN_RIGHT - 1, 0))
+    assert told["graft", "instruct", IN_FORM].told == "missing"
+    assert in_words(told["graft", "instruct", IN_FORM]) == "missing"
+
+
+def test_a_score_that_one_arm_lacks_is_missing_in_its_pairs_alone() -> None:
+    told = found(card("graft", 1, followed=0.9), card("instruct", followed=0.9), card("s1", 1))
+    assert told["graft", "instruct", FOLLOWED].difference is not None
+    assert told["graft", "s1", FOLLOWED].told == "missing"
+
+
+def test_comparisons_are_told_in_words_with_their_interval() -> None:
+    told = found(answered("graft", 90, 88), answered("s1", 60, 30))
+    said = in_words(told["graft", "s1", RIGHT_AND_FOLLOWED])
+    assert said.startswith("better by 58.0 points (4")
+    close = found(answered("graft", 90, 88), answered("s1", 90, 89))
+    assert in_words(close["graft", "s1", RIGHT_AND_FOLLOWED]).startswith("cannot be told apart (-")

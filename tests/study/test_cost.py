@@ -5,10 +5,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from fedgraft.study.cost import Tuning, operations, training_flops, tuning_ratio
+from fedgraft.study.cost import (
+    Estimate,
+    Prices,
+    Tuning,
+    operations,
+    training_flops,
+    tuning_ratio,
+)
 from fedgraft.study.shape import Shape
 
 
@@ -84,3 +92,49 @@ def test_the_counts_of_one_run_differ_by_attention_and_by_what_is_not_multiplied
     paper = training_flops(shape.num_parameters, tokens)
     assert work.matrices + work.output == paper - 6 * looked_up * tokens
     assert work.attention == 12 * 3 * 64 * 256 * tokens
+
+
+def test_energy_and_money_follow_from_time_and_what_the_file_states() -> None:
+    rented = Prices(currency="EUR", per_hour=2.5)
+    assert rented.money(7200, num_devices=8) == pytest.approx(40)
+    assert rented.kwh(7200) is None
+    own = Prices(currency="EUR", watts=700, per_kwh=0.3)
+    assert own.kwh(3600) == pytest.approx(0.7)
+    assert own.money(3600, num_devices=2) == pytest.approx(0.42)
+    both = Prices(currency="EUR", per_hour=1.0, watts=500, per_kwh=0.2)
+    assert both.money(3600) == pytest.approx(1.1)
+
+
+def test_without_a_price_there_is_energy_and_no_money() -> None:
+    told = Prices(currency="EUR", watts=700)
+    assert told.kwh(3600) == pytest.approx(0.7)
+    assert told.money(3600) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"per_kwh": 0.3}, "per_kwh needs `watts`"),
+        ({}, "give `per_hour`, or `watts` and `per_kwh`"),
+        ({"per_hour": 1.0, "per_month": 3.0}, "per_month"),
+        ({"per_hour": -1.0}, "greater than or equal to 0"),
+        ({"watts": 0.0}, "greater than 0"),
+    ],
+)
+def test_prices_that_say_nothing_or_too_much_are_refused(told: dict[str, float], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        Prices.model_validate({"currency": "EUR", **told})
+
+
+def test_the_share_of_the_rate_is_what_the_clock_says() -> None:
+    estimate = Estimate(
+        work="training",
+        machine="a machine",
+        rate=1e9,
+        num_runs=2,
+        paper_flops=3e9,
+        operations=4e9,
+        seconds=4 / 0.45,
+    )
+    assert estimate.share_reached(8.0) == pytest.approx(0.5)
+    assert estimate.share_reached(estimate.seconds) == pytest.approx(0.45)

@@ -45,6 +45,7 @@ def some_result() -> Result:
         decisions=(),
         arms=(ArmResult(arm="base", words="as it came", scorecards=(card,)),),
         summary={},
+        comparisons=(),
         scales=(),
         adapters=(),
         residual={"num_parameters": 10},

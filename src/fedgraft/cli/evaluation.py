@@ -169,7 +169,7 @@ def _together(cards: "list[Scorecard]") -> "Scorecard":
         first = card.model_copy(
             update={
                 "scores": first.scores | card.scores,
-                "by_dialogue": first.by_dialogue | card.by_dialogue,
+                "outcomes": first.outcomes | card.outcomes,
                 "benchmarks": first.benchmarks | card.benchmarks,
             }
         )

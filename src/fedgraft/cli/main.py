@@ -68,7 +68,8 @@ residual = typer.Typer(
     no_args_is_help=True, help="extract, verify, compress, inspect: what instruct - base is."
 )
 study = typer.Typer(
-    no_args_is_help=True, help="plan, run: answer a question with arms, seeds and a report."
+    no_args_is_help=True,
+    help="plan, run, tables: answer a question with arms, seeds and a report.",
 )
 
 
@@ -181,6 +182,11 @@ study.command(
 study.command(epilog=example("fedgraft study run studies/pocket.yaml --out runs/pocket"))(
     studies.run
 )
+study.command(
+    epilog=example(
+        "fedgraft study tables --column L3b+100M+3Lr=runs/grafted.json --out runs/tables"
+    )
+)(studies.tables)
 
 
 def main() -> None:

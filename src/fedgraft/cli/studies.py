@@ -1,4 +1,4 @@
-"""`quickstart`, `study plan`, `study run`, `report`: a question, its arms, and their page."""
+"""`quickstart`, `report`, and the verbs of `study`: a question, its arms, and their page."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +67,37 @@ def plan(
         study = kinds.load(file, places_of(file, Path(scratch), dry=True), dry=True)
         planned = kinds.plan(study, machine(hardware), num_processes=processes, share=share)
     _show(planned)
+
+
+def tables(
+    out: Out,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME=SCORECARD",
+            help="A model of ours by the paper's name (L3b+1B+3Lr); again for more, or seeds.",
+        ),
+    ] = None,
+    beside: Annotated[
+        Literal["forgetting", "portability", "derived"],
+        typer.Option("--beside", help="The paper's table 2, 3 or 4 that ours stands beside."),
+    ] = "forgetting",
+) -> None:
+    """Write the tables and figures of arXiv 2410.10739: CSV, Markdown, LaTeX, HTML.
+
+    Without columns they are the paper's own, every average taken again from its
+    rows. With them each of ours stands beside the paper's, with the difference.
+    A scorecard is what `fedgraft evaluate MODEL --suite paper --out FILE` writes.
+    """
+    from fedgraft.report.tables import write_tables
+    from fedgraft.study.tables import NAMES, deviations, load_columns, table
+
+    ours = table(load_columns(column)) if column else None
+    page = write_tables(out, ours, beside)
+    for number, one in enumerate(one for name in NAMES for one in deviations(name)):
+        say("" if number else "averages", one.words)
+    finish("tables", page, steps=["open it in a browser; CSV, Markdown and LaTeX stand beside it"])
 
 
 def report(
@@ -161,6 +192,10 @@ def _show(plan: "Plan") -> None:
     say(
         "in all", f"{plan.flops:.3g} FLOPs, {_time(plan.seconds)} of training; scoring comes on top"
     )
+    if plan.kwh is not None:
+        say("energy", f"{plan.kwh:,.3g} kWh of training")
+    if plan.prices and plan.money is not None:
+        say("money", f"{plan.money:,.2f} {plan.prices.currency} of training")
 
 
 COLUMNS = 4

@@ -1,7 +1,18 @@
 """The gate: may the candidate replace the model that is in use? Promote or refuse, with reasons.
 
-A rule compares one score of the candidate with the same score of the reference. What was not
-measured is no reason to promote: a missing score refuses.
+A rule compares one score of the candidate with the same score of the reference, example by example
+where scorecards hold outcomes (`evaluation.difference`), and finds one of four things:
+
+    kept              the whole 95% interval keeps the bound
+    lost              the whole interval misses it
+    cannot be told    the interval has the bound inside: too few examples, or too close
+    missing           the score was not measured
+
+The candidate is promoted where every rule is kept. What was not measured is no reason to promote,
+and neither is what these examples cannot tell: with every rule at the bound exactly, a gate that
+went by the figures alone would promote one candidate in two. Since all rules must hold, a
+candidate that misses one of them passes at most once in 40, however many rules there are (an
+intersection-union test: Berger 1982).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +21,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedgraft.errors import EvaluationError
+from fedgraft.evaluation.difference import LEVEL, Difference, difference
 from fedgraft.evaluation.scorecard import FOLLOWED, Score, Scorecard
+
+Finding = Literal["kept", "lost", "cannot be told", "missing"]
+MIN_EXAMPLES = 20
+"""Below, outcomes that are all alike tell nothing: of 20, one in seven could still differ (the rule
+of three)."""
 
 
 class Rule(BaseModel):
@@ -56,8 +74,12 @@ class Reason(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    passed: bool
+    finding: Finding
     text: str
+
+    @property
+    def passed(self) -> bool:
+        return self.finding == "kept"
 
 
 class Decision(BaseModel):
@@ -78,7 +100,7 @@ def decide(
     """Apply each rule to each score that it names; all must pass, and there must be one."""
     reasons = [reason for rule in rules for reason in _apply(rule, candidate, references)]
     if not reasons:
-        reasons = [Reason(passed=False, text="no rule was given, so nothing was checked")]
+        reasons = [Reason(finding="missing", text="no rule was given, so nothing was checked")]
     passed = all(reason.passed for reason in reasons)
     return Decision(
         candidate=candidate.arm,
@@ -91,7 +113,7 @@ def _apply(rule: Rule, candidate: Scorecard, references: Mapping[str, Scorecard]
     reference = references.get(rule.reference)
     if reference is None:
         text = f"{rule.words}: there are no scores of {rule.reference} to compare with"
-        return [Reason(passed=False, text=text)]
+        return [Reason(finding="missing", text=text)]
     known = dict.fromkeys((*reference.scores, *candidate.scores))
     names = [name for name in known if fnmatchcase(name, rule.score)] or [rule.score]
     return [_compare(rule, name, candidate, reference) for name in names]
@@ -101,17 +123,43 @@ def _compare(rule: Rule, name: str, candidate: Scorecard, reference: Scorecard) 
     for card in (candidate, reference):
         if name not in card.scores:
             text = f"{rule.words}: {name} was not measured for {card.arm}"
-            return Reason(passed=False, text=text)
+            return Reason(finding="missing", text=text)
     found, wanted = candidate.scores[name], reference.scores[name]
-    limit = rule.bound * wanted.value
     up = wanted.higher_is_better
-    passed = found.value >= limit if up else found.value <= limit
-    return Reason(
-        passed=passed,
-        text=f"{rule.words}: {name} is {_shown(found.value, found)}, "
-        f"{'at least' if up else 'at most'} {_shown(limit, wanted)} was asked"
-        + ("" if passed else " - not reached"),
+    asked = (
+        f"{rule.words}: {name} is {_shown(found.value, found)}, {'at least' if up else 'at most'} "
+        f"{_shown(rule.bound * wanted.value, wanted)} was asked"
     )
+    try:
+        apart = difference(name, [candidate], [reference], times=rule.bound)
+    except EvaluationError as error:
+        return Reason(finding="missing", text=f"{asked}: {error}")
+    finding = _finding(apart, up=up)
+    return Reason(finding=finding, text=f"{asked}: {_in_words(finding, apart, found)}")
+
+
+def _finding(apart: Difference, *, up: bool) -> Finding:
+    """Against the bound, at which the difference is zero; to stand on it is to keep it."""
+    if apart.low == apart.high and apart.paired and apart.num_examples < MIN_EXAMPLES:
+        return "cannot be told"
+    worst, best = (apart.low, apart.high) if up else (-apart.high, -apart.low)
+    if worst >= 0:
+        return "kept"
+    return "lost" if best < 0 else "cannot be told"
+
+
+def _in_words(finding: Finding, apart: Difference, score: Score) -> str:
+    factor, unit = (100, "points") if score.unit == "share" else (1, score.unit)
+    value, low, high = (f"{factor * one:+.3g}" for one in (apart.value, apart.low, apart.high))
+    margin = f"{value} {unit}, {LEVEL:.0%} interval {low} to {high}"
+    if not apart.paired:
+        margin += ", not paired"
+    if finding != "cannot be told":
+        return f"{finding} ({margin})"
+    more = f"; about {apart.num_needed:,} would tell" if apart.num_needed else ""
+    if apart.low == apart.high:
+        more = f"; ask {MIN_EXAMPLES} at least"
+    return f"{finding} from {apart.num_examples:,} examples ({margin}){more}"
 
 
 def _shown(value: float, score: Score) -> str:

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedgraft.errors import ArtefactError, EvaluationError, NonFiniteError
 from fedgraft.evaluation.benchmarks import Asked, Benchmark, find_files
+from fedgraft.evaluation.outcomes import Outcomes
 from fedgraft.evaluation.scorecard import Score, Scorecard, ratio
 from fedgraft.models import Precision, open_tokenizer
 from fedgraft.progress import Advance, progress
@@ -91,8 +92,8 @@ class Kept(BaseModel):
     """All that decides on it; its hash is in the file's name."""
     asked: Asked
     scores: dict[str, Score]
-    by_question: dict[str, tuple[FiniteFloat, ...]]
-    """Score -> its value for each question, in their order, where it is a mean over questions."""
+    outcomes: dict[str, Outcomes]
+    """Score -> what each question gave to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +188,7 @@ def run_benchmarks(
         arm=arm,
         seed=seed,
         scores={name: score for result in results for name, score in result.scores.items()},
-        by_dialogue={name: v for result in results for name, v in result.by_question.items()},
+        outcomes={name: one for result in results for name, one in result.outcomes.items()},
         benchmarks={b.name: done[b.name].asked for b in benchmarks},
     )
 
@@ -578,11 +579,11 @@ def _run(
 def _scores(
     benchmark: Benchmark, results: Mapping[str, Any], tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """`scores` and `by_question` of the benchmark; `scores` of its subjects too."""
+    """`scores` and `outcomes` of the benchmark; `scores` of its subjects too."""
     samples, prefix = results["samples"], f"{benchmark.name}_"
     subjects = {task: task.removeprefix(prefix) for task in tasks if task != benchmark.name}
     scores: dict[str, Score] = {}
-    by_question: dict[str, tuple[float, ...]] = {}
+    outcomes: dict[str, Outcomes] = {}
     for key in benchmark.scores:
         name = benchmark.score_name(key)
         metric, _, filtered = key.partition(",")
@@ -590,12 +591,22 @@ def _scores(
             task: [s[metric] for s in samples[task] if s["filter"] == filtered] for task in tasks
         }
         flat = [value for task in tasks for value in values[task]]
+        questions = [
+            f"{task}/{sample['doc_hash']}"
+            for task in tasks
+            for sample in samples[task]
+            if sample["filter"] == filtered
+        ]
         scores[name] = _score(results["results"][benchmark.name], key, flat)
-        if not isinstance(flat[0], list):
-            by_question[name] = tuple(map(float, flat))
+        outcomes[name] = Outcomes.of(
+            [
+                (one, sum(value), len(value)) if isinstance(value, list) else (one, value, 1)
+                for one, value in zip(questions, flat, strict=True)
+            ]
+        )
         for task, subject in subjects.items():
             scores[f"{name}/{subject}"] = _score(results["results"][task], key, values[task])
-    return {"scores": scores, "by_question": by_question}
+    return {"scores": scores, "outcomes": outcomes}
 
 
 def _score(found: Mapping[str, Any], key: str, values: Sequence[Any]) -> Score:

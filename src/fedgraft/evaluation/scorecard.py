@@ -21,8 +21,9 @@ benchmark/<name>/<score>                by lm-evaluation-harness; names: evaluat
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
@@ -30,16 +31,17 @@ from fedgraft.evaluation.answers import answer
 from fedgraft.evaluation.benchmarks import Asked
 from fedgraft.evaluation.following import Marks, constraints_of, mark
 from fedgraft.evaluation.knowledge import Question, recall
-from fedgraft.evaluation.perplexity import Perplexity, document_perplexity, response_perplexity
+from fedgraft.evaluation.outcomes import Outcomes
+from fedgraft.evaluation.perplexity import document_perplexity, response_perplexity
 from fedgraft.evaluation.rouge import rouge_l, rouge_l_legacy
+from fedgraft.provenance import hash_json
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_Item = TypeVar("_Item")
-
+Unit = Literal["share", "nats", "bits"]
 FOLLOWED = "instructions/prompt_strict"
 RIGHT_AND_FOLLOWED = "instructions/right_and_as_instructed"
 ROUGE_L = "response/rouge_l"
@@ -57,7 +59,7 @@ class Score(BaseModel):
     """What the value is a share or a mean of: prompts, constraints, questions, tokens or bytes."""
     stderr: FiniteFloat
     """Standard error of the value, over prompts, questions or texts."""
-    unit: Literal["share", "nats", "bits"]
+    unit: Unit
     """Of Rouge-L the share too, since it is a mean of two shares of words."""
 
     @property
@@ -87,9 +89,9 @@ class Scorecard(BaseModel):
     """None for an arm that does not depend on the seed."""
     scores: dict[str, Score]
     examples: tuple[Example, ...] = ()
-    by_dialogue: dict[str, tuple[FiniteFloat, ...]] = {}
-    """`response/...` or `benchmark/...` -> the figure of each dialogue or question that has one, in
-    their order: arms that were asked the same can be compared pair by pair."""
+    outcomes: dict[str, Outcomes] = {}
+    """Score -> what each example gave to it, so that arms can be compared pair by pair. A score
+    that comes from elsewhere may have none."""
     benchmarks: dict[str, Asked] = {}
     """How each benchmark was asked: what its scores may be set beside."""
 
@@ -128,21 +130,22 @@ def evaluate(
     """
     for dialogue in dialogues:
         constraints_of(dialogue)
-    scores: dict[str, Score] = {}
-    by_dialogue: dict[str, tuple[float, ...]] = {}
+    taken: dict[str, _Taken] = {}
     for department, held_out in (documents or {}).items():
         measured = document_perplexity(
             model, tokenizer, held_out, window=window, label=f"{arm}: text of {department}"
         )
-        scores |= {
-            f"perplexity/{department}/nats_per_token": _nats_per_token(measured),
-            f"perplexity/{department}/bits_per_byte": _bits_per_byte(measured),
+        texts = list(zip((d.hash for d in held_out), measured.per_text, strict=True))
+        nats = [(example, text.nats, text.num_tokens) for example, text in texts]
+        bits = [(example, text.nats / math.log(2), text.num_bytes) for example, text in texts]
+        taken |= {
+            f"perplexity/{department}/nats_per_token": _Taken("nats", nats),
+            f"perplexity/{department}/bits_per_byte": _Taken("bits", bits),
         }
     if responses:
         measured = response_perplexity(model, tokenizer, responses, label=f"{arm}: responses")
         losses = [(text.nats, text.num_tokens) for text in measured.per_text]
-        scores |= _by_part(RESPONSE_NATS, responses, losses, unit="nats")
-        by_dialogue[RESPONSE_NATS] = tuple(nats / num for nats, num in losses)
+        taken |= _by_part(RESPONSE_NATS, responses, losses, unit="nats")
     marks: list[Marks] = []
     if dialogues:
         prompts = [prompt_ids(tokenizer, dialogue.messages) for dialogue in dialogues]
@@ -150,27 +153,41 @@ def evaluate(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=f"{arm}: dialogues"
         )
         marks = mark(dialogues, answers)
-        scores |= _instruction_scores([m for m in marks if m.dialogue.constraints])
-        asked = [(m.dialogue.group, m.right) for m in marks if not m.dialogue.constraints]
-        scores |= _knowledge_scores("knowledge/asked", asked)
+        instructed = [m for m in marks if m.dialogue.constraints]
+        for name, figure in FIGURES.items():
+            counted = [_count(figure(m)) for m in instructed]
+            ours = [m.dialogue for m in instructed]
+            taken |= _by_part(f"instructions/{name}", ours, counted)
+        plain = [m for m in marks if not m.dialogue.constraints]
+        known = [_count([m.right]) for m in plain]
+        taken |= _by_group("knowledge/asked", [m.dialogue for m in plain], known)
         compared = [m for m in marks if m.dialogue.given_answers]
         for name, rouge in ((ROUGE_L, rouge_l), (ROUGE_L_LEGACY, rouge_l_legacy)):
-            if compared:
-                found = tuple(rouge(m.answer, m.dialogue.given_answers) for m in compared)
-                ours = [m.dialogue for m in compared]
-                scores |= _by_part(name, ours, [(share, 1) for share in found], unit="share")
-                by_dialogue[name] = found
+            shares = [(rouge(m.answer, m.dialogue.given_answers), 1) for m in compared]
+            taken |= _by_part(name, [m.dialogue for m in compared], shares)
     if questions:
-        known = recall(model, tokenizer, questions, label=f"{arm}: questions")
-        groups = [question.group for question in questions]
-        scores |= _knowledge_scores("knowledge/recall", zip(groups, known, strict=True))
+        recalled = recall(model, tokenizer, questions, label=f"{arm}: questions")
+        taken |= _by_group("knowledge/recall", questions, [_count([right]) for right in recalled])
+    taken = {name: one for name, one in taken.items() if any(size for _, _, size in one.items)}
     return Scorecard(
         arm=arm,
         seed=seed,
-        scores=scores,
+        scores={name: one.score for name, one in taken.items()},
         examples=_examples(marks, num_examples),
-        by_dialogue=by_dialogue,
+        outcomes={name: Outcomes.of(one.items) for name, one in taken.items()},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A score as it was taken: for each example its hash, an amount and a size."""
+
+    unit: Unit
+    items: list[tuple[str, float, int]]
+
+    @property
+    def score(self) -> Score:
+        return ratio([(amount, size) for _, amount, size in self.items], unit=self.unit)
 
 
 FIGURES: dict[str, Callable[[Marks], Sequence[bool | None]]] = {
@@ -183,65 +200,48 @@ FIGURES: dict[str, Callable[[Marks], Sequence[bool | None]]] = {
 }
 
 
-def _instruction_scores(marks: Sequence[Marks]) -> dict[str, Score]:
-    parts = _parts([m.dialogue for m in marks], marks)
-    return {
-        f"instructions/{name}{suffix}": score
-        for suffix, ours in parts.items()
-        for name, figure in FIGURES.items()
-        if (score := _share(map(figure, ours)))
-    }
+def _count(verdicts: Sequence[bool | None]) -> tuple[int, int]:
+    """How many are True, of how many; nothing of nothing where there is no verdict."""
+    told = [verdict for verdict in verdicts if verdict is not None]
+    return sum(told), len(told)
 
 
 def _by_part(
     name: str,
-    dialogues: Sequence[Dialogue],
+    asked: Sequence[Dialogue],
     items: Sequence[tuple[float, int]],
     *,
-    unit: Literal["share", "nats"],
-) -> dict[str, Score]:
-    """The ratio over all dialogues' (amount, size), and over those of each part."""
-    parts = _parts(dialogues, items)
-    return {f"{name}{suffix}": ratio(ours, unit=unit) for suffix, ours in parts.items()}
+    unit: Unit = "share",
+) -> dict[str, _Taken]:
+    """The (amount, size) of all dialogues, and those of each group and department."""
+    parts = [(None, one.group or None, one.department) for one in asked]
+    return _shared_out(name, asked, items, parts, unit)
 
 
-def _parts(dialogues: Sequence[Dialogue], items: Sequence[_Item]) -> dict[str, list[_Item]]:
-    """What belongs to all dialogues (no suffix), to each group and to each department."""
-    parts: dict[str, list[_Item]] = {}
-    for dialogue, item in zip(dialogues, items, strict=True):
-        for part in dict.fromkeys((None, dialogue.group or None, dialogue.department)):
-            parts.setdefault(f"/{part}" if part else "", []).append(item)
-    return parts
+def _by_group(
+    name: str, asked: Sequence[Dialogue] | Sequence[Question], items: Sequence[tuple[float, int]]
+) -> dict[str, _Taken]:
+    """The same of all questions, and of each named group."""
+    return _shared_out(name, asked, items, [(None, one.group or None) for one in asked], "share")
 
 
-def _knowledge_scores(name: str, known: Iterable[tuple[str, bool | None]]) -> dict[str, Score]:
-    """Overall and for each named group, from (group, right) of each question."""
-    parts: dict[str, list[list[bool | None]]] = {name: []}
-    for group, right in known:
-        parts[name].append([right])
-        if group:
-            parts.setdefault(f"{name}/{group}", []).append([right])
-    return {part: score for part, ours in parts.items() if (score := _share(ours))}
+def _shared_out(
+    name: str,
+    asked: Sequence[Dialogue] | Sequence[Question],
+    items: Sequence[tuple[float, int]],
+    parts: Sequence[tuple[str | None, ...]],
+    unit: Unit,
+) -> dict[str, _Taken]:
+    found: dict[str, _Taken] = {}
+    for one, (amount, size), ours in zip(asked, items, parts, strict=True):
+        example = hash_json(one.model_dump(exclude={"id"}))
+        for part in dict.fromkeys(ours):
+            full = f"{name}/{part}" if part else name
+            found.setdefault(full, _Taken(unit, [])).items.append((example, amount, size))
+    return found
 
 
-def _share(items: Iterable[Sequence[bool | None]]) -> Score | None:
-    """The share of True among the verdicts of all items; None where there is no verdict."""
-    told = [[verdict for verdict in item if verdict is not None] for item in items]
-    if not any(told):
-        return None
-    return ratio([(sum(item), len(item)) for item in told], unit="share")
-
-
-def _nats_per_token(measured: Perplexity) -> Score:
-    return ratio([(text.nats, text.num_tokens) for text in measured.per_text], unit="nats")
-
-
-def _bits_per_byte(measured: Perplexity) -> Score:
-    pairs = [(text.nats / math.log(2), text.num_bytes) for text in measured.per_text]
-    return ratio(pairs, unit="bits")
-
-
-def ratio(items: Sequence[tuple[float, int]], *, unit: Literal["share", "nats", "bits"]) -> Score:
+def ratio(items: Sequence[tuple[float, int]], *, unit: Unit) -> Score:
     """Sum of (amount, size) items' amounts over their sizes.
 
     The standard error is that of a ratio of sums over independent items (Cochran 1977, eq. 2.39):

@@ -25,6 +25,7 @@ from fedgraft.report.template import fill
 from fedgraft.report.words import (
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -34,6 +35,7 @@ from fedgraft.report.words import (
     size,
     spaced,
     spread,
+    took,
 )
 from fedgraft.study.result import (
     ALL,
@@ -125,7 +127,7 @@ def render(result: Departments) -> str:
     departments = _departments(result)
     return fill(
         "departments.html",
-        *(duration, count, power, figure, score, spread, size),
+        *(duration, count, power, figure, score, spread, size, took, amount),
         result=result,
         labels=LABELS,
         colours=COLOURS,
@@ -150,7 +152,7 @@ def render_federation(result: Federation) -> str:
     )
     return fill(
         "federation.html",
-        *(duration, count, power, figure, score, spread, size),
+        *(duration, count, power, figure, score, spread, size, took, amount),
         result=result,
         tiles=list(_run_tiles(result)),
         finals=_final_rows(history),

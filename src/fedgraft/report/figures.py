@@ -170,8 +170,11 @@ def places(
         return _svg(figure)
 
 
-def changes(series: Sequence[Series], groups: Sequence[str]) -> str:
-    """Dots of several series a group, in percent about zero; `x` of a series follows `groups`."""
+def changes(series: Sequence[Series], groups: Sequence[str], *, unit: str = "%") -> str:
+    """Dots of several series a group, about zero; `x` of a series follows `groups`.
+
+    Where a series has `low` and `high`, each dot has its whisker from one to the other.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = _plot(1.15 + 0.36 * len(groups) + 0.2 * ((len(series) + 2) // 3))
         axes.axvline(0, color=SOFT, linewidth=1.2)
@@ -188,11 +191,16 @@ def changes(series: Sequence[Series], groups: Sequence[str]) -> str:
                 markersize=6.5,
                 label=row.name,
             )
+            for low, high, y in zip(row.low, row.high, places, strict=False):
+                if low is not None and high is not None:
+                    axes.plot([low, high], [y, y], color=row.colour, linewidth=1.6)
             for value, y in zip(row.x, places, strict=True):
                 if value is None:
                     _missing(axes, 0, y, row.name)
         axes.margins(x=0.12)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
+        axes.xaxis.set_major_formatter(
+            lambda value, _: f"{value:+g}{unit}" if value else f"0{unit}"
+        )
         _rows(axes, groups)
         _legend(figure, axes)
         return _svg(figure)
@@ -238,10 +246,12 @@ def curves(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     logarithmic: bool = True,
+    words: Callable[[float], str] | None = None,
 ) -> str:
     """Lines of means over an x axis, each in the band from its lowest to its highest.
 
-    `levels` are dashed lines at their first `y`, to be compared with.
+    `levels` are dashed lines at their first `y`, to be compared with. `words` say what stands at a
+    tick of the x axis; `25k`, `1.5M` unless told otherwise.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _plot(2.9)
@@ -271,7 +281,7 @@ def curves(
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         axes.xaxis.set_minor_locator(NullLocator())
         ticks = ticks if logarithmic else ticks[:: 1 + len(ticks) // 12]
-        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        axes.set_xticks(ticks, [(words or _short)(tick) for tick in ticks])
         if y_range:
             axes.set_ylim(*y_range)
         axes.set_xlabel(x_label)

@@ -16,6 +16,7 @@ from fedgraft.report.words import (
     LABELS,
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -23,7 +24,9 @@ from fedgraft.report.words import (
     power,
     score,
     spread,
+    took,
 )
+from fedgraft.study.cost import graft_flops, training_flops
 from fedgraft.study.result import (
     CURVE_ARMS,
     FORGOTTEN,
@@ -83,7 +86,7 @@ def render(result: Forgetting) -> str:
     """The page of a study of forgetting."""
     return fill(
         "forgetting.html",
-        *(duration, count, power, figure, shown),
+        *(duration, count, power, figure, shown, took, amount),
         result=result,
         labels=LABELS,
         colours=COLOURS,
@@ -92,6 +95,7 @@ def render(result: Forgetting) -> str:
         sections=list(_sections(result)),
         shift=_shift_plot(result) if result.domains else None,
         domains=_domain_rows(result),
+        compute=_compute_plot(result),
         training=list(_training_plots(result)),
         settings=list(flatten(result.settings)),
     )
@@ -267,6 +271,46 @@ def _lost(lost: Summary | None) -> str:
         return "missing"
     told = f"{-100 * lost.mean:+.1f}"
     return told + (f" ± {spread(lost)}" if lost.stdev is not None else "")
+
+
+def _compute_plot(result: Forgetting) -> Plot | None:
+    """Following against the operations that reading took, as figure 2 of arXiv 2410.10739 is."""
+    way, budgets = _main_way(result), _budgets(result)
+    if not any(FOLLOWED in point.scores for point in result.curves):
+        return None
+    num_parameters = result.residual["num_parameters"]
+    series = []
+    for arm in CURVE_ARMS:
+        points = _points(result, way, arm)
+        found = [points[b].scores.get(FOLLOWED) if b in points else None for b in budgets]
+        series.append(
+            Series(
+                name=LABELS[arm],
+                colour=COLOURS[arm],
+                x=[training_flops(num_parameters, budget) for budget in budgets],
+                y=[100 * one.mean if one else None for one in found],
+                low=[100 * one.lowest if one else None for one in found],
+                high=[100 * one.highest if one else None for one in found],
+            )
+        )
+    levels = [
+        Series(name=f"{LABELS[arm]} as it came", colour=COLOURS[arm], x=(), y=(100 * value,))
+        for arm in ("instruct", "base")
+        if (value := result.references.get(arm, {}).get(FOLLOWED)) is not None
+    ]
+    return Plot(
+        title="Score against compute",
+        svg=figures.curves(
+            series,
+            levels=levels,
+            x_label="FLOPs of continued pre-training, 6 × parameters × tokens",
+            y_label="prompts followed, %",
+            y_range=(0, 100),
+            words=power,
+        ),
+        caption=f"{way_words(way).capitalize()}. Adding the residual takes "
+        f"{power(graft_flops(num_parameters))} FLOPs more, two a parameter.",
+    )
 
 
 def _training_plots(result: Forgetting) -> Iterator[Plot]:

@@ -21,6 +21,7 @@ from fedgraft.report.words import (
     SCORE_WORDS,
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -29,6 +30,7 @@ from fedgraft.report.words import (
     score,
     score_words,
     spread,
+    took,
 )
 from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Compared, Lineages, Summary
 
@@ -72,7 +74,7 @@ def render(result: Lineages) -> str:
     main, finer = _columns(result)
     return fill(
         "lineage.html",
-        *(duration, count, power, figure, score, spread),
+        *(duration, count, power, figure, score, spread, took, amount),
         result=result,
         colours=_colours(result),
         tiles=list(_tiles(result)),

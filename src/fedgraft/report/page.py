@@ -12,13 +12,16 @@ from statistics import fmean
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
 from fedgraft.report import departments, figures, forgetting, lineage, selection
 from fedgraft.report.figures import Series
+from fedgraft.report.tables import as_html
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
+    BENCHMARKS,
     COLOURS,
     LABELS,
     SCORE_WORDS,
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -29,9 +32,12 @@ from fedgraft.report.words import (
     size,
     spaced,
     spread,
+    took,
 )
+from fedgraft.study.comparison import in_words
 from fedgraft.study.result import (
     NEW_FACTS,
+    Comparison,
     Departments,
     Federation,
     Forgetting,
@@ -42,6 +48,7 @@ from fedgraft.study.result import (
     Whichever,
     load_result,
 )
+from fedgraft.study.tables import table
 
 PAGE = "report.html"
 
@@ -79,12 +86,16 @@ def render(result: Whichever) -> str:
 def _of_arms(result: Result) -> str:
     return fill(
         "template.html",
-        *(duration, count, power, score, spread, figure, size),
+        *(duration, count, power, score, spread, figure, size, in_words, took, amount),
         result=result,
         labels=LABELS,
         colours=COLOURS,
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
+        pairs=_pairs(result),
+        compared=_compared(result),
+        apart=_apart_plot(result),
+        paper_table=_paper_table(result),
         tables=_score_tables(result),
         adapters=_adapter_rows(result),
         merging=_merging_rows(result),
@@ -242,6 +253,51 @@ def _scale_plot(result: Result) -> Plot:
     )
 
 
+def _pairs(result: Result) -> list[tuple[str, str]]:
+    """The arms that are compared, in words."""
+    pairs = dict.fromkeys((one.arm, one.against) for one in result.comparisons)
+    return [(LABELS[arm], LABELS[against]) for arm, against in pairs]
+
+
+def _compared(result: Result) -> list[tuple[str, list[Comparison]]]:
+    """Each score in words, with its comparison for each of the pairs."""
+    rows: dict[str, list[Comparison]] = {}
+    for one in result.comparisons:
+        rows.setdefault(one.score, []).append(one)
+    return [(score_words(name), ours) for name, ours in rows.items()]
+
+
+def _apart_plot(result: Result) -> Plot | None:
+    """The differences of shares, each with its interval; None where nothing was asked."""
+    asked = [one for one in result.comparisons if one.unit == "share"]
+    names = list(dict.fromkeys(one.score for one in asked))
+    colours = (figures.GREEN, figures.BLUE, figures.VERMILION)
+    series = []
+    pairs = dict.fromkeys((one.arm, one.against) for one in asked)
+    for (arm, against), colour in zip(pairs, colours, strict=False):
+        ours = {
+            one.score: one.difference for one in asked if (one.arm, one.against) == (arm, against)
+        }
+        found = [ours.get(name) for name in names]
+        series.append(
+            Series(
+                name=f"{LABELS[arm]} against {LABELS[against]}",
+                colour=colour,
+                x=[100 * one.value if one else None for one in found],
+                low=[100 * one.low if one else None for one in found],
+                high=[100 * one.high if one else None for one in found],
+            )
+        )
+    if not series:
+        return None
+    return Plot(
+        title="How far apart, and how sure",
+        svg=figures.changes(series, [score_words(name) for name in names], unit=""),
+        caption="Differences in points; right of zero the first of the two is better. A line is "
+        "the 95% interval; where it crosses zero the two cannot be told apart.",
+    )
+
+
 MERGING_SCORES = (FOLLOWED, RIGHT_AND_FOLLOWED, NEW_FACTS)
 
 
@@ -326,6 +382,22 @@ def _cost_plots(result: Result) -> Iterator[Plot]:
         caption="Measured on the machine that ran the study, mean over seeds; tuning is estimated "
         "from the measured speed and the formula. Logarithmic.",
     )
+
+
+def _paper_table(result: Result) -> str | None:
+    """The scores of benchmarks in the layout of arXiv 2410.10739; None where none was taken."""
+    if not any(name in BENCHMARKS for scores in result.summary.values() for name in scores):
+        return None
+    read = f"+{count(result.tokens)}"
+    columns = {
+        "base": "base",
+        "pretrained_base": f"base{read}",
+        "instruct": "instruct",
+        "s1": f"instruct{read}",
+        "graft": f"base{read}+residual",
+    }
+    cards = {arm.arm: arm.scorecards for arm in result.arms}
+    return as_html(table({name: cards[arm] for arm, name in columns.items()}))
 
 
 def _score_tables(result: Result) -> dict[str, ScoreRows]:

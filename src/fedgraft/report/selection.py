@@ -15,6 +15,7 @@ from fedgraft.report.template import fill
 from fedgraft.report.words import (
     Plot,
     Tile,
+    amount,
     count,
     duration,
     figure,
@@ -23,6 +24,7 @@ from fedgraft.report.words import (
     score,
     size,
     spread,
+    took,
 )
 from fedgraft.study.result import Compared, ScoredChoice, Selections, Summary
 from fedgraft.study.selection import START, WORDS
@@ -56,7 +58,7 @@ def render(result: Selections) -> str:
     """The page of a study of selection."""
     return fill(
         "selection.html",
-        *(duration, count, power, figure, score, spread, size),
+        *(duration, count, power, figure, score, spread, size, took, amount),
         result=result,
         colours=_colours(result),
         tiles=list(_tiles(result)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedgraft.evaluation.benchmarks import PAPER_ROWS
 from fedgraft.evaluation.scorecard import (
     FOLLOWED,
     RESPONSE_NATS,
@@ -13,8 +14,11 @@ from fedgraft.evaluation.scorecard import (
     ROUGE_L_LEGACY,
 )
 from fedgraft.report import figures
-from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Summary
+from fedgraft.study.cost import Estimate
+from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Found, Summary
 
+BENCHMARKS = {name: " ".join(row) for row, name in PAPER_ROWS.items()}
+"""Scores of benchmarks in the paper's words."""
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 LABELS = {
@@ -38,6 +42,7 @@ SCORE_WORDS = {
     "instructions/instruction_loose": "single instructions, loosely read",
     "instructions/right": "right, whatever the form",
     RIGHT_AND_FOLLOWED: "right and as instructed",
+    "instructions/in_form": "in the form asked for, of right answers",
     "knowledge/asked": "facts known, asked in chat",
     NEW_FACTS: "new facts known, asked in chat",
     OLD_FACTS: "old facts known, asked in chat",
@@ -47,6 +52,8 @@ SCORE_WORDS = {
     RESPONSE_NATS: "answers of held-out dialogues, nats per token",
     ROUGE_L: "Rouge-L of answers",
     ROUGE_L_LEGACY: "Rouge-L of answers, legacy definition",
+    **BENCHMARKS,
+    "benchmark/gsm8k/in_form": "GSM8K in the form asked for, of right answers",
 }
 
 
@@ -66,6 +73,45 @@ class Tile:
     value: str
     words: str
     colour: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Took:
+    """What work of one kind was thought to take, and took; None is missing."""
+
+    work: str
+    estimate: Estimate | None
+    estimated: float | None
+    """Seconds."""
+    measured: float | None
+    share: float | None
+    """Of the machine's rate that was reached."""
+
+
+EVERYTHING = "everything, scoring too"
+
+
+def took(result: Found) -> list[Took]:
+    """Each kind of training: estimated before the run, measured after it; then all stages."""
+    estimates = {one.work: one for one in result.estimates}
+    seconds: dict[str, float] = {}
+    for cost in result.costs:
+        if cost.work:
+            seconds[cost.work] = seconds.get(cost.work, 0.0) + cost.seconds
+    rows = []
+    for work in dict.fromkeys((*estimates, *seconds)):
+        estimate, measured = estimates.get(work), seconds.get(work)
+        rows.append(
+            Took(
+                work=work,
+                estimate=estimate,
+                estimated=estimate.seconds if estimate else None,
+                measured=measured,
+                share=estimate.share_reached(measured) if estimate and measured else None,
+            )
+        )
+    total = sum(cost.seconds for cost in result.costs)
+    return [*rows, Took(work=EVERYTHING, estimate=None, estimated=None, measured=total, share=None)]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -118,6 +164,11 @@ def spread(summary: Summary) -> str:
 def figure(value: Any) -> str:
     """`2,360,000`, `0.173`."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def amount(value: float) -> str:
+    """`1,234.50`, `0.0037`: of money or energy, whatever is small told to two digits."""
+    return f"{value:,.2f}" if value >= 1 else f"{value:.2g}"
 
 
 def count(number: float) -> str:

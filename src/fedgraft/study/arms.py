@@ -21,8 +21,9 @@ from fedgraft.evaluation.gate import decide
 from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard, evaluate
 from fedgraft.models import open_model
 from fedgraft.provenance import Record, derive_seed, hash_json
-from fedgraft.study.comparison import check_claims, summarise, verdict
+from fedgraft.study.comparison import check_claims, compare, summarise, verdict
 from fedgraft.study.cost import graft_flops, training_flops, tuning_ratio
+from fedgraft.study.estimate import estimate
 from fedgraft.study.material import shared_out
 from fedgraft.study.result import (
     ARM_WORDS,
@@ -68,6 +69,7 @@ class _Arms(Federating):
 
     def everything(self) -> None:
         study = self.study
+        estimates = estimate(self.study, self.out, say=self.say)
         self.extract()
         cards = {
             "base": [self._score("base", None, self.base)],
@@ -96,12 +98,13 @@ class _Arms(Federating):
             references = {arm: cards[arm][0] for arm in ("base", "instruct")}
             decisions.append(decide(cards["graft"][-1], references, study.gate))
         summary = summarise(card for found in cards.values() for card in found)
+        comparisons = compare(cards)
         claims = check_claims(summary)
         tokens = self._num_tokens()
         Result(
             name=study.name,
             question=study.question,
-            verdict=verdict(summary, claims, decisions),
+            verdict=verdict(summary, claims, decisions, comparisons),
             claims=claims,
             decisions=tuple(decisions),
             arms=tuple(
@@ -109,6 +112,7 @@ class _Arms(Federating):
                 for arm in ARMS
             ),
             summary=summary,
+            comparisons=comparisons,
             scales=tuple(scales),
             merging={
                 way: MergingResult(
@@ -121,7 +125,9 @@ class _Arms(Federating):
             adapters=tuple(adapters),
             residual=self.residual_facts(),
             losses=self.losses,
+            estimates=estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             tuning=self._tuning_cost(tokens),
             tokens=tokens,
             federations=tuple(federations),

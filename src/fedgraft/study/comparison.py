@@ -1,12 +1,43 @@
-"""Scores of several arms and seeds to means, claims and a verdict in words."""
+"""Scores of several arms and seeds to means, differences with intervals, claims and a verdict."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import sqrt
+from types import MappingProxyType
 
+from fedgraft.evaluation.benchmarks import PAPER_ROWS
+from fedgraft.evaluation.difference import LEVEL, difference
 from fedgraft.evaluation.gate import Decision
-from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Scorecard
-from fedgraft.study.result import Claim, Summary
+from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
+from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Claim, Comparison, Summary, Unit
 
 Summaries = Mapping[str, Mapping[str, Summary]]
+
+PAIRS = (("graft", "instruct"), ("graft", "s1"), ("s1", "instruct"))
+"""What is compared with what: the method with what is in use, and with what it would replace."""
+COMPARED = (
+    FOLLOWED,
+    RIGHT_AND_FOLLOWED,
+    "instructions/in_form",
+    NEW_FACTS,
+    OLD_FACTS,
+    "perplexity/*/nats_per_token",
+    *PAPER_ROWS.values(),
+    "benchmark/gsm8k/in_form",
+)
+"""Scores that are, in this order; `*` stands for anything."""
+
+FORMS = MappingProxyType(
+    {
+        "instructions/in_form": (RIGHT_AND_FOLLOWED, "instructions/right"),
+        "benchmark/gsm8k/in_form": (PAPER_ROWS["GSM8K", "strict-EM"], PAPER_ROWS["GSM8K", "EM"]),
+    },
+)
+"""Score -> (strict, flexible): of the answers that are right, the share in the form asked. GSM8K
+in arXiv 2410.10739 falls from 75% to 47% by strict match while flexible match stays at 75%:
+nothing is unlearned but the form, and an average over both hides which."""
+MIN_RIGHT = 20
+"""Right answers below which nothing is said of their form."""
 
 
 def summarise(scorecards: Iterable[Scorecard]) -> dict[str, dict[str, Summary]]:
@@ -21,6 +52,57 @@ def summarise(scorecards: Iterable[Scorecard]) -> dict[str, dict[str, Summary]]:
         arm: {name: Summary.of(found, units[name]) for name, found in scores.items()}
         for arm, scores in values.items()
     }
+
+
+def compare(cards: Mapping[str, Sequence[Scorecard]]) -> tuple[Comparison, ...]:
+    """The differences of PAIRS, score by score, over examples and seeds.
+
+    Args:
+        cards: Arm -> its scorecards, one a seed; or one, where seeds do not matter.
+
+    Raises EvaluationError where two arms were not asked the same.
+    """
+    known = {arm: [with_forms(card) for card in found] for arm, found in cards.items()}
+    return tuple(
+        Comparison(
+            arm=arm,
+            against=against,
+            score=name,
+            unit=unit,
+            difference=difference(name, known[arm], known[against])
+            if all(name in card.scores for card in (*known[arm], *known[against]))
+            else None,
+        )
+        for arm, against in PAIRS
+        if known.get(arm) and known.get(against)
+        for name, unit in _compared([*known[arm], *known[against]])
+    )
+
+
+def _compared(cards: Sequence[Scorecard]) -> Iterator[tuple[str, Unit]]:
+    """The names of COMPARED that any card has, in that order, with their units."""
+    units = {name: score.unit for card in cards for name, score in card.scores.items()}
+    for pattern in COMPARED:
+        yield from ((name, unit) for name, unit in units.items() if fnmatchcase(name, pattern))
+
+
+def with_forms(card: Scorecard) -> Scorecard:
+    """The card with the scores of FORMS, where it has what they are made of."""
+    scores, outcomes = dict(card.scores), dict(card.outcomes)
+    for name, (strict, flexible) in FORMS.items():
+        above, below = card.scores.get(strict), card.scores.get(flexible)
+        if above is None or below is None or below.value * below.num < MIN_RIGHT:
+            continue
+        share = above.value / below.value
+        scores[name] = Score(
+            value=share,
+            num=round(below.value * below.num),
+            stderr=sqrt(above.stderr**2 + (share * below.stderr) ** 2) / below.value,
+            unit="share",
+        )
+        if strict in outcomes and flexible in outcomes:
+            outcomes[name] = outcomes[strict].among(outcomes[flexible])
+    return card.model_copy(update={"scores": scores, "outcomes": outcomes})
 
 
 def check_claims(summaries: Summaries) -> tuple[Claim, ...]:
@@ -80,6 +162,15 @@ def check_claims(summaries: Summaries) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
+def _in_a_sentence(comparison: Comparison) -> str:
+    """The difference in words, and what its interval speaks of."""
+    found = comparison.difference
+    assert found
+    over = f"{found.num_examples:,} prompts"
+    over += f" and {found.num_seeds} seeds" if found.num_seeds > 1 else " of one seed"
+    return f"{in_words(comparison)}, a {LEVEL:.0%} interval over {over}"
+
+
 def _shown(score: Summary) -> str:
     """The mean, and the range where there are seeds to range over."""
     shown = f"{score.mean:.1%}"
@@ -93,7 +184,32 @@ def _at_least(value: float, bar: float) -> bool:
     return value >= bar - 1e-9
 
 
-def verdict(summaries: Summaries, claims: Sequence[Claim], decisions: Sequence[Decision]) -> str:
+def in_words(comparison: Comparison) -> str:
+    """`better by 31 points (25 to 37)`, `cannot be told apart (-2 to +4 points)`, `missing`."""
+    found = comparison.difference
+    if found is None:
+        return "missing"
+    factor, unit = (100, "points") if comparison.unit == "share" else (1, comparison.unit)
+    digits = 1 if comparison.unit == "share" else 3
+    value, low, high = (factor * one for one in (found.value, found.low, found.high))
+    match comparison.told:
+        case "the same":
+            return "the same"
+        case "better" | "worse" as told:
+            near, far = sorted((abs(low), abs(high)))
+            return (
+                f"{told} by {abs(value):.{digits}f} {unit} ({near:.{digits}f} to {far:.{digits}f})"
+            )
+        case _:
+            return f"cannot be told apart ({low:+.{digits}f} to {high:+.{digits}f} {unit})"
+
+
+def verdict(
+    summaries: Summaries,
+    claims: Sequence[Claim],
+    decisions: Sequence[Decision],
+    comparisons: Sequence[Comparison] = (),
+) -> str:
     """A few sentences that a manager can act on."""
     sentences = []
     if "graft" in summaries and FOLLOWED in summaries["graft"]:
@@ -101,6 +217,16 @@ def verdict(summaries: Summaries, claims: Sequence[Claim], decisions: Sequence[D
         sentences.append(
             f"After the new text, the graft follows {graft:.0%} of the instructions; the instruct "
             f"model that read the same text itself follows {s1:.0%}."
+        )
+    found = {(c.arm, c.against, c.score): c for c in comparisons}
+    ahead = found.get(("graft", "s1", FOLLOWED))
+    if ahead and ahead.difference:
+        sentences.append(f"Prompt by prompt against S1, the graft is {_in_a_sentence(ahead)}.")
+    form = found.get(("graft", "instruct", "instructions/in_form"))
+    if form and form.told == "worse":
+        sentences.append(
+            "The form of right answers suffers: against the instruct model, the graft is "
+            f"{_in_a_sentence(form)}."
         )
     texts = [
         name

@@ -6,14 +6,26 @@ a parameter.
 
 The finer count knows that an embedding is looked up and not multiplied, that attention grows with
 the row, and that gradient checkpointing computes the layers twice (`operations`).
+
+    estimated, before a run     operations / (measured rate of the machine * share that is reached)
+    measured, after it          seconds on the clock, stage by stage
+    both                        * watts = energy;  * price of an hour, + energy * its price = money
 """
 
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedgraft.study.shape import Shape
+
+PAPER_PARAMETERS, PAPER_EPOCHS = 8_000_000_000, 5
+"""Of the paper's example: 8B parameters, five epochs over the tokens."""
+
+
+TRAINING, ADAPTERS = "training", "adapters"
+"""Kinds of work, as plan and report tell them."""
 
 
 class StageCost(BaseModel):
@@ -22,9 +34,70 @@ class StageCost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
+    work: str = ""
+    """`training` or `adapters`, as in `Estimate`; empty where nothing was trained."""
     seconds: float
     num_tokens: int = 0
     flops: float = 0.0
+
+
+class Estimate(BaseModel):
+    """What training of one kind was thought to take, before it began."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    work: str
+    """`training` (of checkpoints) or `adapters`."""
+    machine: str
+    rate: float
+    """FLOP/s of its matrix products, measured then."""
+    num_runs: int
+    paper_flops: float
+    """6 N T of all runs."""
+    operations: float
+    """The finer count."""
+    seconds: float
+    """Of all runs, one after the other."""
+
+    def share_reached(self, seconds: float) -> float:
+        """Of the machine's rate, by a run that took so many seconds."""
+        return self.operations / (self.rate * seconds)
+
+
+class Prices(BaseModel):
+    """What a device costs; a rented one has an hour's price, one's own has watts and their price.
+
+    An hour's price and that of energy are added where both are given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    currency: str = Field(min_length=1)
+    per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of one device."""
+    per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    watts: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """That one device draws while it trains, its share of the machine and of cooling included."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.per_kwh is not None and self.watts is None:
+            raise ValueError("per_kwh needs `watts`, what one device draws")
+        if self.per_hour is None and self.watts is None:
+            raise ValueError("give `per_hour`, or `watts` and `per_kwh`")
+        return self
+
+    def kwh(self, seconds: float, num_devices: int = 1) -> float | None:
+        """Energy; None where nobody said what a device draws."""
+        return None if self.watts is None else self.watts * num_devices * seconds / 3.6e6
+
+    def money(self, seconds: float, num_devices: int = 1) -> float | None:
+        """In `currency`; None where no price is given."""
+        if self.per_hour is None and self.per_kwh is None:
+            return None
+        energy = self.kwh(seconds, num_devices) or 0.0
+        hours = num_devices * seconds / 3600
+        return (self.per_hour or 0.0) * hours + (self.per_kwh or 0.0) * energy
 
 
 class Tuning(BaseModel):

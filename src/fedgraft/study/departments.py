@@ -24,6 +24,7 @@ from typing import Any
 
 from fedgraft.errors import StudyError
 from fedgraft.provenance import Record, derive_seed
+from fedgraft.study.estimate import estimate
 from fedgraft.study.material import Clients, shared_out
 from fedgraft.study.result import (
     ALL,
@@ -74,6 +75,7 @@ class _Departments(Federating):
         shares = {
             seed: shared_out(self.material.splits, part.partition, seed) for seed in study.seeds
         }
+        estimates = estimate(self.study, self.out, say=self.say)
         self.extract()
         scored: list[Scored] = []
         federations: list[Together] = []
@@ -110,7 +112,9 @@ class _Departments(Federating):
             federations=tuple(federations),
             residual=self.residual_facts(),
             losses=self.losses,
+            estimates=estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             settings=study.as_written,
             inputs=self.inputs(),
             versions=versions(),

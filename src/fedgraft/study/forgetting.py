@@ -18,6 +18,7 @@ from statistics import correlation, fmean
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
 from fedgraft.study.comparison import summarise
+from fedgraft.study.estimate import estimate
 from fedgraft.study.material import first_by_hash
 from fedgraft.study.result import (
     ARM_WORDS,
@@ -75,6 +76,7 @@ class _Forgetting(Run):
     def everything(self) -> None:
         study, curve = self.study, self.study.curve
         assert curve
+        estimates = estimate(self.study, self.out, say=self.say)
         self.extract()
         self.dialogues = at_equal_distances(
             self.material.test_dialogues, study.evaluation.max_dialogues
@@ -121,7 +123,9 @@ class _Forgetting(Run):
             residual=self.residual_facts(),
             losses=self.losses,
             learning_rates=self.learning_rates,
+            estimates=estimates,
             costs=tuple(self.costs),
+            prices=self.study.prices,
             settings=study.as_written,
             inputs=self.inputs(),
             versions=versions(),

@@ -26,6 +26,7 @@ from fedgraft.models import fresh_model, open_tokenizer, save_model
 from fedgraft.provenance import Record, derive_seed, hash_json, new_artefact
 from fedgraft.study.comparison import summarise
 from fedgraft.study.cost import graft_flops
+from fedgraft.study.estimate import estimate
 from fedgraft.study.forgetting import at_equal_distances
 from fedgraft.study.material import (
     asked,
@@ -139,6 +140,7 @@ class _Lineages(Stages):
 
     def everything(self) -> None:
         study = self.study
+        estimates = estimate(self.study, self.out, say=self.say)
         cards: dict[str, list[Scorecard]] = {arm: [] for arm in study.arms}
         inspections: dict[tuple[str, int | None], Inspection] = {}
         for seed in study.seeds:
@@ -175,7 +177,9 @@ class _Lineages(Stages):
             residual=self._residual_facts(),
             losses=self.losses,
             learning_rates=self.learning_rates,
+            estimates=estimates,
             costs=tuple(self.costs),
+            prices=study.prices,
             settings=study.as_written,
             inputs=self._inputs(),
             versions=versions(),

@@ -70,7 +70,8 @@ def this_machine() -> Machine:
         name = torch.cuda.get_device_name(place)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        name = f"this machine with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"this machine with {threads} thread{'s' if threads > 1 else ''}"
     return Machine(
         name=name,
         bfloat16_flops=matrix_rate(place.type, torch.bfloat16) if fast else None,

@@ -19,7 +19,11 @@ from fedgraft.errors import StudyError
 from fedgraft.models import Precision
 from fedgraft.provenance import RECORD
 from fedgraft.study.cost import (
+    ADAPTERS,
+    TRAINING,
+    Estimate,
     Operations,
+    Prices,
     graft_flops,
     operations,
     training_flops,
@@ -137,6 +141,8 @@ class Plan:
     """What a person should know before starting."""
     reading: Reading | None = None
     """Of a study of selection."""
+    prices: Prices | None = None
+    """Of a device; None where the study file names none."""
 
     @property
     def flops(self) -> float:
@@ -147,6 +153,36 @@ class Plan:
     def seconds(self) -> float:
         """Of all training, one run after the other."""
         return sum(one.num_runs * one.seconds for one in self.trainings)
+
+    @property
+    def kwh(self) -> float | None:
+        """Energy of all training on all devices; None where `prices` does not say."""
+        return self.prices.kwh(self.seconds, self.num_processes) if self.prices else None
+
+    @property
+    def money(self) -> float | None:
+        """The same in the currency of `prices`."""
+        return self.prices.money(self.seconds, self.num_processes) if self.prices else None
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """By kind of work, for the result."""
+        kinds: dict[str, list[Training]] = {}
+        for one in self.trainings:
+            work = ADAPTERS if one.stage == "adapters" else TRAINING
+            kinds.setdefault(work, []).append(one)
+        return tuple(
+            Estimate(
+                work=work,
+                machine=self.machine.name,
+                rate=self.machine.flops(ours[0].precision) * self.num_processes,
+                num_runs=sum(one.num_runs for one in ours),
+                paper_flops=sum(one.num_runs * one.paper_flops for one in ours),
+                operations=sum(one.num_runs * one.operations.total for one in ours),
+                seconds=sum(one.num_runs * one.seconds for one in ours),
+            )
+            for work, ours in kinds.items()
+        )
 
 
 def plan(
@@ -217,6 +253,7 @@ def plan(
         },
         not_there=study.not_there + missing,
         notes=tuple(_notes(study, shape, machine, trainings, works, num_processes)),
+        prices=study.prices,
     )
 
 

@@ -35,6 +35,7 @@ from pydantic import (
 )
 
 from fedgraft.evaluation.scorecard import FOLLOWED
+from fedgraft.study.cost import Prices
 from fedgraft.study.selection import Source
 from fedgraft.study.shape import Shape
 from fedgraft.study.study import EvaluationPart, Form, Replay, Texts, read_yaml, with_paths
@@ -236,6 +237,8 @@ class LineageStudy(_Part):
     row_length: int = Field(default=256, ge=16)
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
+    prices: Prices | None = None
+    """Of the device that runs it, for money and energy in plan and report."""
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _not_there: tuple[str, ...] = PrivateAttr(default=())

@@ -9,7 +9,9 @@ Key by key, as written by a study of any kind:
     verdict            a few sentences in plain words
     residual           facts about it: relative norm, exactness, parameters
     losses             training stage -> [step, nats per target]
+    estimates          before the run, by kind of training: FLOPs, seconds on the machine at hand
     costs              stage by stage: seconds, tokens, FLOPs
+    prices             of the device that ran it, where the study file names them
     settings           the study file as it was read
     inputs             role -> content hash
     versions           fedgraft and the libraries
@@ -20,6 +22,7 @@ A study of arms goes on:
     decisions          the gate's answer for each seed, with its reasons
     arms               for each arm: its scorecards, one a seed (one where seeds do not matter)
     summary            arm -> score -> mean and spread over the seeds
+    comparisons        two arms and a score: how far apart on the same examples, with an interval
     scales             for each seed: the curve on the validation split and the scale chosen
     merging            name -> other ways to add the residual: words, scales by seed, test scores
     adapters           for each department and seed: before (graft) and after
@@ -64,6 +67,7 @@ A study of selection goes on:
     scored             arm, seed: scores, and what was chosen, at what cost
     summary            arm -> score -> mean and spread over the seeds
     compared           arm, score: mean difference to `against` over seeds, its standard error
+    mapped             where the examples of the first seed lie, and which were chosen
     partition          which client has how many dialogues of which group, with the first seed
 
 A study of lineages goes on:
@@ -107,12 +111,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedgraft.errors import ReportError
+from fedgraft.evaluation.difference import Difference
 from fedgraft.evaluation.gate import Decision
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.federation.aggregate import Rule
 from fedgraft.federation.history import History
 from fedgraft.noise import Spent
-from fedgraft.study.cost import StageCost
+from fedgraft.study.cost import Estimate, Prices, StageCost
 
 _Kind = TypeVar("_Kind")
 Unit = Literal["share", "nats", "bits"]
@@ -200,6 +205,33 @@ class Claim(_Record):
     target: str
     measured: str
     reached: bool
+
+
+Told = Literal["better", "worse", "the same", "cannot be told", "missing"]
+
+
+class Comparison(_Record):
+    """One score of an arm, less that of another on the same examples."""
+
+    arm: str
+    against: str
+    score: str
+    unit: Unit
+    difference: Difference | None
+    """None where one of the two was not scored."""
+
+    @property
+    def told(self) -> Told:
+        """Which of the two is better, as far as the examples can tell."""
+        if self.difference is None:
+            return "missing"
+        match self.difference.finding:
+            case "more":
+                return "better" if self.unit == "share" else "worse"
+            case "less":
+                return "worse" if self.unit == "share" else "better"
+            case "the same" | "cannot be told" as other:
+                return other
 
 
 class ArmResult(_Record):
@@ -306,7 +338,7 @@ class _Written(_Record):
         return partial.rename(file)
 
 
-class _Found(_Written):
+class Found(_Written):
     """What every kind of study writes down."""
 
     kind: str
@@ -316,13 +348,16 @@ class _Found(_Written):
     verdict: str
     residual: dict[str, Any]
     losses: dict[str, tuple[tuple[int, float], ...]]
+    estimates: tuple[Estimate, ...] = ()
+    """None where the model's sizes are not known to `study.shape`, or the kind is not planned."""
     costs: tuple[StageCost, ...]
+    prices: Prices | None = None
     settings: dict[str, Any]
     inputs: dict[str, str]
     versions: dict[str, str]
 
 
-class Result(_Found):
+class Result(Found):
     """See the head of this file."""
 
     kind: Literal["arms"] = "arms"
@@ -330,6 +365,7 @@ class Result(_Found):
     decisions: tuple[Decision, ...]
     arms: tuple[ArmResult, ...]
     summary: dict[str, dict[str, Summary]]
+    comparisons: tuple[Comparison, ...]
     scales: tuple[ScaleCurve, ...]
     merging: dict[str, MergingResult] = {}
     adapters: tuple[AdapterResult, ...]
@@ -381,7 +417,7 @@ class DomainResult(_Record):
     arms: dict[str, dict[str, Summary]]
 
 
-class Forgetting(_Found):
+class Forgetting(Found):
     """See the head of this file."""
 
     kind: Literal["forgetting"] = "forgetting"
@@ -416,7 +452,7 @@ Scores = dict[str, dict[str, dict[str, Summary]]]
 """Arm -> department -> score -> its summary over seeds."""
 
 
-class Departments(_Found):
+class Departments(Found):
     """See the head of this file."""
 
     kind: Literal["departments"] = "departments"
@@ -510,7 +546,7 @@ class Compared(_Record):
         return known and abs(self.difference) > 2 * (self.stderr or 0.0)
 
 
-class Selections(_Found):
+class Selections(Found):
     """See the head of this file."""
 
     kind: Literal["selection"] = "selection"
@@ -560,7 +596,7 @@ class Forecast(_Record):
     """Share of the score of the residual's instruct side; None where one was not scored."""
 
 
-class Lineages(_Found):
+class Lineages(Found):
     """See the head of this file."""
 
     kind: Literal["lineage"] = "lineage"

@@ -19,7 +19,7 @@ from fedgraft.evaluation.knowledge import Question
 from fedgraft.evaluation.scorecard import Scorecard, evaluate
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.provenance import Record, derive_seed, hash_json
-from fedgraft.study.cost import StageCost, graft_flops
+from fedgraft.study.cost import ADAPTERS, TRAINING, StageCost, graft_flops
 from fedgraft.study.material import Material, hash_documents
 from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import Form, Merging, Study
@@ -108,7 +108,7 @@ class Stages:
             say=self.say,
             keep="model-*",
         )
-        self.cost(stage, record, trained=True)
+        self.cost(stage, record, trained=True, work=TRAINING)
         return self.out / place / "model"
 
     def compress(self, residual: Residual, form: Form, place: Path) -> Residual:
@@ -202,11 +202,14 @@ class Stages:
         assert record
         return hash_json(record.model_dump(exclude={"figures"}))
 
-    def cost(self, stage: str, record: Record, *, trained: bool = False) -> None:
+    def cost(
+        self, stage: str, record: Record, *, trained: bool = False, work: str = ADAPTERS
+    ) -> None:
         figures = record.figures
         self.costs.append(
             StageCost(
                 stage=stage,
+                work=work if figures.get("num_tokens") else "",
                 seconds=figures["seconds"],
                 num_tokens=figures.get("num_tokens", 0),
                 flops=figures.get("flops", 0.0),

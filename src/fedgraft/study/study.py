@@ -32,7 +32,7 @@ from fedgraft.evaluation.scorecard import RIGHT_AND_FOLLOWED
 from fedgraft.federation import aggregate
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Plan, Settings
-from fedgraft.study.cost import Tuning
+from fedgraft.study.cost import Prices, Tuning
 from fedgraft.study.result import ARMS, Way
 from fedgraft.study.shape import Shape
 from fedgraft.training.settings import AdapterSettings, PretrainSettings, TrainingSettings
@@ -216,6 +216,8 @@ class Study(_Part):
     gate: tuple[Rule, ...] = DEFAULT_RULES
     tuning: Tuning | None = None
     """The instruction tuning that the family's makers did, for comparing costs."""
+    prices: Prices | None = None
+    """Of the device that runs it, for money and energy in plan and report."""
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     _not_there: tuple[str, ...] = PrivateAttr(default=())
