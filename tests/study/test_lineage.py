@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluation.exams import write_exams
 from tests.study import small
 from tests.study.lineages import (
     RESIDUAL,
@@ -463,6 +464,34 @@ def test_the_result_is_read_as_what_it_is(ran: Ran) -> None:
     found = json.loads((ran.out / "result.json").read_text(encoding="utf-8"))
     assert tuple(found) == tuple(Lineages.model_fields)
     assert str(ran.out) not in json.dumps(found)
+
+
+def test_the_papers_benchmarks_are_asked_of_every_arm_and_kept(
+    material: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `bench`")
+    write_exams(material / "exams")
+    models = {"plain": {"from": "base", "graft": {**GRAFT, "scale": 0.5}}}
+    part = {"data": "place:exams", "names": ["piqa", "winogrande"], "limit": 3}
+    changes = only("instruct", "plain", **models) | {"benchmarks": part, "dialogues": None}
+    found = run_small(material, tmp_path / "out", **changes)
+    for arm in ("instruct", "plain"):
+        scores = found.scores(arm, None)
+        names = {name for name in scores if name.startswith("benchmark/")}
+        assert names == {
+            "benchmark/piqa/acc",
+            "benchmark/piqa/acc_norm",
+            "benchmark/winogrande/acc",
+        }
+    (one,) = {arm.arm: arm for arm in found.result.arms}["plain"].scorecards
+    assert {name: asked.num_rows for name, asked in one.benchmarks.items()} == {
+        "piqa": 3,
+        "winogrande": 3,
+    }
+    kept = list((tmp_path / "out" / "benchmarks").glob("**/*.json"))
+    assert len(kept) == 4
+    again = run_small(material, tmp_path / "out", **changes)
+    assert again.stages_done == []
 
 
 def card(arm: str, seed: int | None, value: float) -> Scorecard:

@@ -19,11 +19,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from fedgraft.errors import StudyError
+from fedgraft.evaluation.benchmarks import chosen
 from fedgraft.evaluation.knowledge import load_questions
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, RIGHT_AND_FOLLOWED, Scorecard
-from fedgraft.models import fresh_model, open_tokenizer, save_model
-from fedgraft.provenance import Record, derive_seed, hash_json, new_artefact
+from fedgraft.models import fresh_model, open_model, open_tokenizer, save_model
+from fedgraft.provenance import Record, derive_seed, hash_files, hash_json, new_artefact
 from fedgraft.study.comparison import summarise
 from fedgraft.study.cost import graft_flops
 from fedgraft.study.forgetting import at_equal_distances
@@ -36,6 +39,7 @@ from fedgraft.study.material import (
 )
 from fedgraft.study.recipes import (
     Addition,
+    Benchmarks,
     Examples,
     LineageStudy,
     Recipe,
@@ -455,6 +459,8 @@ class _Lineages(Stages):
         study, own = self.study, self._own(arm, seed)
         recipe = study.models[model_of(arm)]
         settings: dict[str, Any] = study.evaluation.model_dump()
+        if study.benchmarks:
+            settings["benchmarks"] = _asked_of(study.benchmarks)
         scored: Path | Callable[[Path], Path]
         if isinstance(recipe, Recipe) and study.is_passing(arm):
             target, residual = self._parts(recipe, seed)
@@ -478,11 +484,30 @@ class _Lineages(Stages):
             dialogues=self.dialogues,
             questions=self.questions,
             responses=self._responses(),
+            benchmarks=partial(self._benchmarks, arm, own) if study.benchmarks else None,
             title=f"score {arm}" + ("" if own is None else f", seed {own}"),
         )
         # the mean over held-out and tuned-on answers together says nothing
         kept = {name: score for name, score in card.scores.items() if name != RESPONSE_NATS}
         return card.model_copy(update={"scores": kept})
+
+    def _benchmarks(self, arm: str, seed: int | None, model: Path) -> Scorecard:
+        """The paper's benchmarks; each is kept when it is finished, also of a graft that goes."""
+        from fedgraft.evaluation.harness import BenchmarkSettings, run_benchmarks
+
+        part = self.study.benchmarks
+        assert part
+        asked = part.model_dump(exclude={"names", "data"})
+        return run_benchmarks(
+            Checkpoint.open(model),
+            arm=arm,
+            seed=seed,
+            benchmarks=chosen(part.names),
+            settings=BenchmarkSettings(data=Path(part.data) if part.data else None, **asked),
+            kept=self.out / "benchmarks",
+            open_network=lambda precision: open_model(model, dtype=getattr(torch, precision)),
+            say=lambda line: self.say(f"    {line}"),
+        )
 
     def _responses(self) -> list[Dialogue]:
         """Examples whose answers are scored, each with a group that says whether it was held out;
@@ -591,6 +616,15 @@ def _add(recipe: Recipe, target: Path, residual: Residual, out: Path) -> Path:
 
 def _add_in(recipe: Recipe, target: Path, residual: Residual, folder: Path) -> Path:
     return _add(recipe, target, residual, folder / "graft")
+
+
+def _asked_of(part: Benchmarks) -> dict[str, Any]:
+    """What decides on the scores of benchmarks: their files by content, never by place."""
+    files = (
+        sorted(file for file in Path(part.data).rglob("*") if file.is_file()) if part.data else ()
+    )
+    content = hash_files(list(files)) if files else "hub"
+    return {**part.model_dump(exclude={"data", "batch_size"}), "data": content}
 
 
 def _added(recipe: Recipe) -> dict[str, Any]:
