@@ -547,10 +547,16 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
         "By prompts followed in full, many is best, with 90.2% (90.1% to 90.3%).",
         "graft has 80.2% (80.1% to 80.3%).",
         "Beyond two standard errors over seeds, many is better and s1, few are worse.",
-        "S2 is level with graft at 1,000 (dialogues).",
+        "S2 is level with graft from 1,000 on (dialogues).",
         "Of 2 grafts that inspection made a forecast for, before they were asked anything, 1 came",
     ):
         assert part in told
-    short = verdict(study, summary, (), {"S2": ((10, "few"),)}, ())
-    assert "S2 does not reach graft up to 10 (dialogues)." in short
+    for points, words in (
+        (("few",), "S2 falls short of graft at every point (dialogues)."),
+        (("many", "graft"), "S2 is level with graft or above it at every point (dialogues)."),
+        (("many", "graft", "few"), "S2 is level with graft up to 1 (dialogues)."),
+        (("few", "many", "s1"), "S2 is level with graft at 1 (dialogues)."),
+    ):
+        line = {"S2": tuple((float(at), arm) for at, arm in enumerate(points))}
+        assert words in verdict(study, summary, (), line, ())
     assert verdict(study, {}, (), {}, ()).startswith("The study's score was not taken")

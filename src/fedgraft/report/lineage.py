@@ -18,6 +18,7 @@ from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
     COLOURS,
+    LABELS,
     SCORE_WORDS,
     Plot,
     Tile,
@@ -33,7 +34,14 @@ from fedgraft.report.words import (
 )
 from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Compared, Lineages, Summary
 
-PALETTE = (figures.VERMILION, figures.ORANGE, figures.PURPLE, figures.SKY, figures.SOFT)
+PALETTE = (
+    figures.ORANGE,
+    figures.SKY,
+    figures.PURPLE,
+    figures.SOFT,
+    figures.INK,
+    figures.VERMILION,
+)
 MAIN = (FOLLOWED, RIGHT_AND_FOLLOWED, NEW_FACTS, OLD_FACTS)
 """Scores that are drawn, where they were taken; and the study's own."""
 LOGARITHMIC = 20
@@ -100,12 +108,12 @@ def _words(name: str) -> str:
 
 
 def _colours(result: Lineages) -> dict[str, str]:
-    """Of the arms: those of a line share one, well-known arms keep theirs."""
+    """Of the arms: those of a line share one, well-known arms and lines keep theirs."""
     lines = {arm: line for line, points in result.lines.items() for _, arm in points}
-    groups = dict.fromkeys(lines.get(arm.arm, arm.arm) for arm in result.arms)
-    unknown = [group for group in groups if group not in COLOURS]
-    found = {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(unknown)}
-    known = {**COLOURS, **found}
+    others = [arm.arm for arm in result.arms if arm.arm not in lines]
+    known = COLOURS | {LABELS[arm]: colour for arm, colour in COLOURS.items()}
+    unknown = [group for group in (*result.lines, *others) if group not in known]
+    known |= {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(unknown)}
     return {arm.arm: known[lines.get(arm.arm, arm.arm)] for arm in result.arms}
 
 

@@ -695,7 +695,7 @@ def verdict(
     forecasts: Sequence[Forecast],
 ) -> str:
     """A few sentences that follow from the figures by rule: which arm is best, what is told apart
-    from the arm `against`, where lines reach it, and whether forecasts came true."""
+    from the arm `against`, where lines are level with it, and whether forecasts came true."""
     values = {arm: found[study.score] for arm, found in summary.items() if study.score in found}
     if not values:
         return "The study's score was not taken, so that nothing can be said about it."
@@ -745,13 +745,23 @@ def _reached(
     values: Mapping[str, Summary],
     reference: Summary,
 ) -> str:
-    """Where a line first reaches the arm that others are compared with, by means over seeds."""
+    """Where a line is level with the arm that others are compared with, by means over seeds."""
     sign = 1 if reference.unit == "share" else -1
-    for at, arm in points:
-        if arm in values and sign * values[arm].mean >= sign * reference.mean:
-            return f"{line} is level with {study.against} at {at:,g} ({study.axis})."
-    last = points[-1][0]
-    return f"{line} does not reach {study.against} up to {last:,g} ({study.axis})."
+    scored = [(at, arm) for at, arm in points if arm in values]
+    level = [sign * values[arm].mean >= sign * reference.mean for _, arm in scored]
+    places = [f"{at:,.0f}" if at == int(at) else f"{at:g}" for at, _ in scored]
+    if not any(level):
+        where = f"falls short of {study.against} at every point"
+    elif all(level):
+        where = f"is level with {study.against} or above it at every point"
+    elif level == sorted(level):
+        where = f"is level with {study.against} from {places[level.index(True)]} on"
+    elif level == sorted(level, reverse=True):
+        where = f"is level with {study.against} up to {places[level.index(False) - 1]}"
+    else:
+        at = ", ".join(place for place, reached in zip(places, level, strict=True) if reached)
+        where = f"is level with {study.against} at {at}"
+    return f"{line} {where} ({study.axis})."
 
 
 def _told(summary: Summary) -> str:
