@@ -24,8 +24,8 @@ from tests.study.lineages import (
 )
 
 from fedgraft.errors import ResidualError, StudyError
-from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorecard
-from fedgraft.models import open_tokenizer, save_model
+from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorecard, evaluate
+from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms, kinds
 from fedgraft.study.lineage import TUNED_ON, against, parted, run, verdict
@@ -34,7 +34,7 @@ from fedgraft.study.plan import plan
 from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.result import Forecast, Lineages, Summary, load_result
 from fedgraft.study.study import Study
-from fedgraft.text.dialogues import Dialogue, Message
+from fedgraft.text.dialogues import Dialogue, Message, load_dialogues
 from fedgraft.training import pretrain
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.inspection import inspect
@@ -187,6 +187,11 @@ def test_held_out_answers_are_scored_beside_those_that_were_tuned_on(ran: Ran) -
         assert [name for name in scores if name.startswith("response/nats")] == names
     before, after = ran.scores("graft"), ran.scores("tuned")
     assert after[names[1]].value < before[names[1]].value
+    lessons = load_dialogues(ran.study.examples["lessons"].file)
+    model, speaker = open_model(ran.model("tuned")), ran.study.checkpoints["instruct"]
+    for name, dialogues in zip(names, parted(lessons, 5, lambda _: True, 99)[:2], strict=True):
+        card = evaluate(model, open_tokenizer(speaker), arm="tuned", responses=dialogues[:5])
+        assert card.scores[RESPONSE_NATS] == after[name]
 
 
 def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
