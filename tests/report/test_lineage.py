@@ -23,6 +23,8 @@ def card(arm: str, seed: int | None, followed: float | None, text: float = 2.0) 
         TEXT: Score(value=text, num=9, stderr=0, unit="nats"),
         LESSONS: Score(value=text / 2, num=9, stderr=0, unit="nats"),
         f"{LESSONS}, tuned on": Score(value=text / 4, num=9, stderr=0, unit="nats"),
+        "benchmark/mmlu/acc": Score(value=0.25, num=9, stderr=0, unit="share"),
+        "benchmark/mmlu/acc/anatomy": Score(value=0.5, num=9, stderr=0, unit="share"),
         "instructions/prompt_strict/old": Score(value=0.123, num=9, stderr=0, unit="share"),
     }
     if followed is not None:
@@ -141,6 +143,11 @@ def test_a_score_that_was_not_taken_is_missing_and_never_zero() -> None:
 def test_answers_that_were_tuned_on_are_told_apart_from_those_held_out(page: str) -> None:
     assert '<th class="number">answers of lessons, nats per token</th>' in page
     assert '<th class="number">answers of lessons, tuned on, nats per token</th>' in page
+
+
+def test_benchmarks_stand_in_the_table_and_their_subjects_beside_it(page: str) -> None:
+    assert '<th class="number">mmlu, acc</th>' in page[: page.index("By group")]
+    assert '<th class="number">mmlu, acc: anatomy</th>' in page[page.index("By group") :]
 
 
 def test_a_forecast_stands_beside_what_came_of_it(page: str) -> None:

@@ -334,6 +334,8 @@ def test_ways_to_merge_get_a_scale_and_test_scores_each(material: Path, tmp_path
         "TIES 0.2": {"method": {"name": "ties", "density": 0.2}},
         "nothing": {"factors": {"kinds": {"embedding": 0, "mlp": 0, "attention": 0, "norm": 0}}},
         "the same": {},
+        "packed": {"form": {"name": "packed"}},
+        "1 bit": {"form": {"name": "sign"}},
     }
     ran = run_small(material, tmp_path / "out", merging=ways, adapters=None, seeds=[1])
     result = ran.result
@@ -341,10 +343,19 @@ def test_ways_to_merge_get_a_scale_and_test_scores_each(material: Path, tmp_path
         "TIES 0.2": "ties, density 0.2",
         "nothing": "plain, attention x 0, embedding x 0, mlp x 0, norm x 0",
         "the same": "plain",
+        "packed": "plain, packed",
+        "1 bit": "plain, 1 bit a number",
     }
     plain = result.summary["graft"]
     assert result.merging["the same"].summary == plain
     assert result.merging["the same"].scales == result.scales
+    assert result.merging["packed"].summary == plain
+    stored = Residual.open(tmp_path / "out" / "residuals" / "1 bit a number" / "residual")
+    assert stored.form == "sign"
+    assert result.merging["1 bit"].summary["perplexity/hr/nats_per_token"] not in (
+        plain["perplexity/hr/nats_per_token"],
+        result.summary["pretrained_base"]["perplexity/hr/nats_per_token"],
+    )
     perplexity = "perplexity/hr/nats_per_token"
     assert (
         result.merging["nothing"].summary[perplexity]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluation.exams import write_exams
 from tests.study import small
 from tests.study.lineages import (
     RESIDUAL,
@@ -23,8 +24,8 @@ from tests.study.lineages import (
 )
 
 from fedgraft.errors import ResidualError, StudyError
-from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorecard
-from fedgraft.models import open_tokenizer, save_model
+from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorecard, evaluate
+from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms, kinds
 from fedgraft.study.lineage import TUNED_ON, against, parted, run, verdict
@@ -33,7 +34,7 @@ from fedgraft.study.plan import plan
 from fedgraft.study.recipes import LineageStudy
 from fedgraft.study.result import Forecast, Lineages, Summary, load_result
 from fedgraft.study.study import Study
-from fedgraft.text.dialogues import Dialogue, Message
+from fedgraft.text.dialogues import Dialogue, Message, load_dialogues
 from fedgraft.training import pretrain
 from fedgraft.weights.checkpoint import Checkpoint
 from fedgraft.weights.inspection import inspect
@@ -186,6 +187,11 @@ def test_held_out_answers_are_scored_beside_those_that_were_tuned_on(ran: Ran) -
         assert [name for name in scores if name.startswith("response/nats")] == names
     before, after = ran.scores("graft"), ran.scores("tuned")
     assert after[names[1]].value < before[names[1]].value
+    lessons = load_dialogues(ran.study.examples["lessons"].file)
+    model, speaker = open_model(ran.model("tuned")), ran.study.checkpoints["instruct"]
+    for name, dialogues in zip(names, parted(lessons, 5, lambda _: True, 99)[:2], strict=True):
+        card = evaluate(model, open_tokenizer(speaker), arm="tuned", responses=dialogues[:5])
+        assert card.scores[RESPONSE_NATS] == after[name]
 
 
 def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
@@ -465,6 +471,34 @@ def test_the_result_is_read_as_what_it_is(ran: Ran) -> None:
     assert str(ran.out) not in json.dumps(found)
 
 
+def test_the_papers_benchmarks_are_asked_of_every_arm_and_kept(
+    material: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `bench`")
+    write_exams(material / "exams")
+    models = {"plain": {"from": "base", "graft": {**GRAFT, "scale": 0.5}}}
+    part = {"data": "place:exams", "names": ["piqa", "winogrande"], "limit": 3}
+    changes = only("instruct", "plain", **models) | {"benchmarks": part, "dialogues": None}
+    found = run_small(material, tmp_path / "out", **changes)
+    for arm in ("instruct", "plain"):
+        scores = found.scores(arm, None)
+        names = {name for name in scores if name.startswith("benchmark/")}
+        assert names == {
+            "benchmark/piqa/acc",
+            "benchmark/piqa/acc_norm",
+            "benchmark/winogrande/acc",
+        }
+    (one,) = {arm.arm: arm for arm in found.result.arms}["plain"].scorecards
+    assert {name: asked.num_rows for name, asked in one.benchmarks.items()} == {
+        "piqa": 3,
+        "winogrande": 3,
+    }
+    kept = list((tmp_path / "out" / "benchmarks").glob("**/*.json"))
+    assert len(kept) == 4
+    again = run_small(material, tmp_path / "out", **changes)
+    assert again.stages_done == []
+
+
 def card(arm: str, seed: int | None, value: float) -> Scorecard:
     return Scorecard(
         arm=arm, seed=seed, scores={FOLLOWED: Score(value=value, num=9, stderr=0, unit="share")}
@@ -518,10 +552,16 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
         "By prompts followed in full, many is best, with 90.2% (90.1% to 90.3%).",
         "graft has 80.2% (80.1% to 80.3%).",
         "Beyond two standard errors over seeds, many is better and s1, few are worse.",
-        "S2 is level with graft at 1,000 (dialogues).",
+        "S2 is level with graft from 1,000 on (dialogues).",
         "Of 2 grafts that inspection made a forecast for, before they were asked anything, 1 came",
     ):
         assert part in told
-    short = verdict(study, summary, (), {"S2": ((10, "few"),)}, ())
-    assert "S2 does not reach graft up to 10 (dialogues)." in short
+    for points, words in (
+        (("few",), "S2 falls short of graft at every point (dialogues)."),
+        (("many", "graft"), "S2 is level with graft or above it at every point (dialogues)."),
+        (("many", "graft", "few"), "S2 is level with graft up to 1 (dialogues)."),
+        (("few", "many", "s1"), "S2 is level with graft at 1 (dialogues)."),
+    ):
+        line = {"S2": tuple((float(at), arm) for at, arm in enumerate(points))}
+        assert words in verdict(study, summary, (), line, ())
     assert verdict(study, {}, (), {}, ()).startswith("The study's score was not taken")

@@ -57,7 +57,7 @@ def small(tmp_path: Path, places: dict[str, Path], **changes: Any) -> Study:
 def test_every_study_of_the_project_is_planned(
     file: Path, hardware: str, places: dict[str, Path]
 ) -> None:
-    if "encoder: \"data:" in file.read_text() and not DATA.is_dir():
+    if 'encoder: "data:' in file.read_text() and not DATA.is_dir():
         pytest.skip(f"its encoder is not at {DATA}: set FEDGRAFT_DATA")
     study = kinds.load(file, places, dry=True)
     planned = kinds.plan(study, HARDWARE[hardware])

@@ -219,7 +219,7 @@ def test_a_checkpoint_on_the_way_is_no_ancestor_of_what_came_after(load: Any) ->
         ),
         (
             only("base") | {"departments": None, "dialogues": None, "questions": None},
-            "nothing is scored; add departments, dialogues, questions or examples with scored",
+            "nothing is scored; add departments, dialogues, questions or benchmarks",
         ),
         ({"arms": {"base": {"words": "b", "line": "S2", "at": 1}}} | {"models": None}, "models: F"),
         (
@@ -229,6 +229,10 @@ def test_a_checkpoint_on_the_way_is_no_ancestor_of_what_came_after(load: Any) ->
         (
             only("base") | {"arms": {"base": {"words": "b", "line": "S2"}}},
             "line and at: expected both or neither, found one; add the other",
+        ),
+        (
+            only("base") | {"benchmarks": {"names": ["gsm9k"]}},
+            "benchmarks.names: Value error, expected a benchmark of the paper's suite, found 'gsm",
         ),
         (only("base") | {"models": {"a/b": "place:base"}}, "String should match pattern"),
     ],

@@ -27,6 +27,8 @@ WHEEL = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
 MANY = 2000
 """Points from which a plot holds them as a picture, not as a mark each."""
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
+LEVELS = ((0, (4, 3)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 3)), (0, (9, 3)))
+"""Dashes of lines to be compared with."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 WIDTH = 5.0
 """Inches: narrow enough that the text of a plot stays readable on a phone."""
@@ -257,11 +259,10 @@ def curves(
         figure, axes = _plot(2.9)
         if logarithmic:
             axes.set_xscale("log")
-        for level in levels:
+        for number, level in enumerate(levels):
             if level.y and level.y[0] is not None:
-                axes.axhline(
-                    level.y[0], color=level.colour, linestyle=(0, (4, 3)), label=level.name
-                )
+                dash = LEVELS[number % len(LEVELS)]
+                axes.axhline(level.y[0], color=level.colour, linestyle=dash, label=level.name)
         ticks = sorted({x for row in series for x in row.x if x is not None})
         for number, row in enumerate(series):
             known = _known(row)

@@ -18,6 +18,7 @@ from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
     COLOURS,
+    LABELS,
     SCORE_WORDS,
     Plot,
     Tile,
@@ -29,12 +30,20 @@ from fedgraft.report.words import (
     power,
     score,
     score_words,
+    spaced,
     spread,
     took,
 )
 from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Compared, Lineages, Summary
 
-PALETTE = (figures.VERMILION, figures.ORANGE, figures.PURPLE, figures.SKY, figures.SOFT)
+PALETTE = (
+    figures.ORANGE,
+    figures.SKY,
+    figures.PURPLE,
+    figures.SOFT,
+    figures.INK,
+    figures.VERMILION,
+)
 MAIN = (FOLLOWED, RIGHT_AND_FOLLOWED, NEW_FACTS, OLD_FACTS)
 """Scores that are drawn, where they were taken; and the study's own."""
 LOGARITHMIC = 20
@@ -83,7 +92,7 @@ def render(result: Lineages) -> str:
         rows=list(_rows(result, main)),
         finer=[_words(name) for name in finer],
         finer_rows=list(_rows(result, finer)),
-        measure=score_words(result.score),
+        measure=_words(result.score),
         promises=list(_promises(result)),
         training=list(_training(result)),
         examples=_examples(result),
@@ -92,18 +101,21 @@ def render(result: Lineages) -> str:
 
 
 def _words(name: str) -> str:
-    """A score's name in words; answers of examples by the examples' name."""
+    """A score's name in words; answers of examples by their name, benchmarks by theirs."""
+    kind, _, rest = name.partition("/")
+    if kind == "benchmark":
+        return spaced(rest.replace("/", ", ", 1).replace("/", ": "))
     examples = name.removeprefix(f"{RESPONSE_NATS}/")
     return score_words(name) if examples == name else f"answers of {examples}, nats per token"
 
 
 def _colours(result: Lineages) -> dict[str, str]:
-    """Of the arms: those of a line share one, well-known arms keep theirs."""
+    """Of the arms: those of a line share one, well-known arms and lines keep theirs."""
     lines = {arm: line for line, points in result.lines.items() for _, arm in points}
-    groups = dict.fromkeys(lines.get(arm.arm, arm.arm) for arm in result.arms)
-    unknown = [group for group in groups if group not in COLOURS]
-    found = {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(unknown)}
-    known = {**COLOURS, **found}
+    others = [arm.arm for arm in result.arms if arm.arm not in lines]
+    known = COLOURS | {LABELS[arm]: colour for arm, colour in COLOURS.items()}
+    unknown = [group for group in (*result.lines, *others) if group not in known]
+    known |= {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(unknown)}
     return {arm.arm: known[lines.get(arm.arm, arm.arm)] for arm in result.arms}
 
 
@@ -120,14 +132,14 @@ def _tiles(result: Lineages) -> Iterator[Tile]:
     for arm in list(dict.fromkeys(name for name in shown if name in values))[:4]:
         assert arm is not None
         value = f"{values[arm].mean:.0%}" if unit == "share" else f"{values[arm].mean:.3f}"
-        words = f"{score_words(result.score)}: {arm}"
+        words = f"{_words(result.score)}: {arm}"
         yield Tile(value=value, words=words, colour=_colours(result)[arm])
 
 
 def _plots(result: Lineages) -> Iterator[Plot]:
     for name in dict.fromkeys((result.score, *MAIN)):
         if any(name in scores for scores in result.summary.values()):
-            title = score_words(name)
+            title = _words(name)
             yield Plot(
                 title=f"{title[0].upper()}{title[1:]}",
                 svg=_curve(result, name) if result.lines else _bars(result, name),
@@ -199,7 +211,10 @@ def _columns(result: Lineages) -> tuple[list[str], list[str]]:
     main = [
         name
         for name in names
-        if name in SCORE_WORDS or name.endswith("/nats_per_token") or name.startswith("response/")
+        if name in SCORE_WORDS
+        or name.endswith("/nats_per_token")
+        or name.startswith("response/")
+        or (name.startswith("benchmark/") and name.count("/") == 2)
     ]
     main.sort(key=lambda name: (name != result.score, name not in MAIN))
     return main, [name for name in names if name not in main]

@@ -19,11 +19,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from fedgraft.errors import StudyError
+from fedgraft.evaluation.benchmarks import chosen
 from fedgraft.evaluation.knowledge import load_questions
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, RIGHT_AND_FOLLOWED, Scorecard
-from fedgraft.models import fresh_model, open_tokenizer, save_model
-from fedgraft.provenance import Record, derive_seed, hash_json, new_artefact
+from fedgraft.models import fresh_model, open_model, open_tokenizer, save_model
+from fedgraft.provenance import Record, derive_seed, hash_files, hash_json, new_artefact
 from fedgraft.study.comparison import summarise
 from fedgraft.study.cost import graft_flops
 from fedgraft.study.estimate import estimate
@@ -37,6 +40,7 @@ from fedgraft.study.material import (
 )
 from fedgraft.study.recipes import (
     Addition,
+    Benchmarks,
     Examples,
     LineageStudy,
     Recipe,
@@ -459,6 +463,8 @@ class _Lineages(Stages):
         study, own = self.study, self._own(arm, seed)
         recipe = study.models[model_of(arm)]
         settings: dict[str, Any] = study.evaluation.model_dump()
+        if study.benchmarks:
+            settings["benchmarks"] = _asked_of(study.benchmarks)
         scored: Path | Callable[[Path], Path]
         if isinstance(recipe, Recipe) and study.is_passing(arm):
             target, residual = self._parts(recipe, seed)
@@ -482,11 +488,30 @@ class _Lineages(Stages):
             dialogues=self.dialogues,
             questions=self.questions,
             responses=self._responses(),
+            benchmarks=partial(self._benchmarks, arm, own) if study.benchmarks else None,
             title=f"score {arm}" + ("" if own is None else f", seed {own}"),
         )
         # the mean over held-out and tuned-on answers together says nothing
         kept = {name: score for name, score in card.scores.items() if name != RESPONSE_NATS}
         return card.model_copy(update={"scores": kept})
+
+    def _benchmarks(self, arm: str, seed: int | None, model: Path) -> Scorecard:
+        """The paper's benchmarks; each is kept when it is finished, also of a graft that goes."""
+        from fedgraft.evaluation.harness import BenchmarkSettings, run_benchmarks
+
+        part = self.study.benchmarks
+        assert part
+        asked = part.model_dump(exclude={"names", "data"})
+        return run_benchmarks(
+            Checkpoint.open(model),
+            arm=arm,
+            seed=seed,
+            benchmarks=chosen(part.names),
+            settings=BenchmarkSettings(data=Path(part.data) if part.data else None, **asked),
+            kept=self.out / "benchmarks",
+            open_network=lambda precision: open_model(model, dtype=getattr(torch, precision)),
+            say=lambda line: self.say(f"    {line}"),
+        )
 
     def _responses(self) -> list[Dialogue]:
         """Examples whose answers are scored, each with a group that says whether it was held out;
@@ -597,6 +622,15 @@ def _add_in(recipe: Recipe, target: Path, residual: Residual, folder: Path) -> P
     return _add(recipe, target, residual, folder / "graft")
 
 
+def _asked_of(part: Benchmarks) -> dict[str, Any]:
+    """What decides on the scores of benchmarks: their files by content, never by place."""
+    files = (
+        sorted(file for file in Path(part.data).rglob("*") if file.is_file()) if part.data else ()
+    )
+    content = hash_files(list(files)) if files else "hub"
+    return {**part.model_dump(exclude={"data", "batch_size"}), "data": content}
+
+
 def _added(recipe: Recipe) -> dict[str, Any]:
     """The settings of a graft; its residual is an input."""
     assert recipe.graft
@@ -665,7 +699,7 @@ def verdict(
     forecasts: Sequence[Forecast],
 ) -> str:
     """A few sentences that follow from the figures by rule: which arm is best, what is told apart
-    from the arm `against`, where lines reach it, and whether forecasts came true."""
+    from the arm `against`, where lines are level with it, and whether forecasts came true."""
     values = {arm: found[study.score] for arm, found in summary.items() if study.score in found}
     if not values:
         return "The study's score was not taken, so that nothing can be said about it."
@@ -715,13 +749,23 @@ def _reached(
     values: Mapping[str, Summary],
     reference: Summary,
 ) -> str:
-    """Where a line first reaches the arm that others are compared with, by means over seeds."""
+    """Where a line is level with the arm that others are compared with, by means over seeds."""
     sign = 1 if reference.unit == "share" else -1
-    for at, arm in points:
-        if arm in values and sign * values[arm].mean >= sign * reference.mean:
-            return f"{line} is level with {study.against} at {at:,g} ({study.axis})."
-    last = points[-1][0]
-    return f"{line} does not reach {study.against} up to {last:,g} ({study.axis})."
+    scored = [(at, arm) for at, arm in points if arm in values]
+    level = [sign * values[arm].mean >= sign * reference.mean for _, arm in scored]
+    places = [f"{at:,.0f}" if at == int(at) else f"{at:g}" for at, _ in scored]
+    if not any(level):
+        where = f"falls short of {study.against} at every point"
+    elif all(level):
+        where = f"is level with {study.against} or above it at every point"
+    elif level == sorted(level):
+        where = f"is level with {study.against} from {places[level.index(True)]} on"
+    elif level == sorted(level, reverse=True):
+        where = f"is level with {study.against} up to {places[level.index(False) - 1]}"
+    else:
+        at = ", ".join(place for place, reached in zip(places, level, strict=True) if reached)
+        where = f"is level with {study.against} at {at}"
+    return f"{line} {where} ({study.axis})."
 
 
 def _told(summary: Summary) -> str:

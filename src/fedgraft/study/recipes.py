@@ -34,7 +34,10 @@ from pydantic import (
     model_validator,
 )
 
+from fedgraft.errors import EvaluationError
+from fedgraft.evaluation.benchmarks import chosen
 from fedgraft.evaluation.scorecard import FOLLOWED
+from fedgraft.models import Precision
 from fedgraft.study.cost import Prices
 from fedgraft.study.selection import Source
 from fedgraft.study.shape import Shape
@@ -174,6 +177,35 @@ class Asked(_Part):
     """The groups that count; all where None."""
 
 
+class Benchmarks(_Part):
+    """The paper's benchmarks, through lm-evaluation-harness; see `evaluation.harness`."""
+
+    data: str | None = None
+    """A folder with their files; None for the hub."""
+    names: tuple[str, ...] = ()
+    """Of the paper's suite; all where empty."""
+    limit: int | None = Field(default=None, ge=2)
+    """First questions of each, of MMLU and MMLU-Pro of each subject; all where None."""
+    chat_template: bool = False
+    """Of every arm alike: questions as turns of a chat, with the template of the tokenizer that
+    stands beside each model."""
+    fit: bool = False
+    """Where a model's context is too short: fewer shots, shorter answers, cut questions; told."""
+    precision: Precision = "float32"
+    backend: Literal["transformers", "vllm"] = "transformers"
+    batch_size: int | None = Field(default=None, gt=0)
+    """Found by itself where None."""
+
+    @field_validator("names")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            chosen(names)
+        except EvaluationError as error:
+            raise ValueError(str(error)) from error
+        return names
+
+
 class Arm(_Part):
     """A model that is scored."""
 
@@ -227,6 +259,7 @@ class LineageStudy(_Part):
     examples: dict[Name, Examples] = {}
     dialogues: Asked | None = None
     questions: Asked | None = None
+    benchmarks: Benchmarks | None = None
     arms: dict[str, Annotated[Arm, BeforeValidator(_in_words)]] = Field(min_length=1)
     against: str | None = None
     """The arm that the others are compared with."""
@@ -416,9 +449,9 @@ class LineageStudy(_Part):
                 yield f"models.{name}: made once, but of a model that each seed makes anew"
             if one.graft:
                 yield from (f"models.{name}: {fault}" for fault in self._unsound(one))
-        scored = self.departments or self.dialogues or self.questions
+        scored = self.departments or self.dialogues or self.questions or self.benchmarks
         if not scored and not any(one.scored for one in self.examples.values()):
-            yield "nothing is scored; add departments, dialogues, questions or examples with scored"
+            yield "nothing is scored; add departments, dialogues, questions or benchmarks"
         if any(arm.at is not None for arm in self.arms.values()) and not self.axis:
             yield "axis: arms have a place on it; say what it counts"
 

@@ -150,6 +150,7 @@ class Stages:
         dialogues: Sequence[Dialogue] = (),
         questions: Sequence[Question] = (),
         responses: Sequence[Dialogue] = (),
+        benchmarks: Callable[[Path], Scorecard] | None = None,
         title: str,
     ) -> Scorecard:
         """Score a model.
@@ -158,6 +159,7 @@ class Stages:
             model: Where it stands; or what makes it in the folder of the stage, for as long as the
                 scoring takes.
             inputs: What the model is, by hash.
+            benchmarks: Scores the model that stands there on more.
         """
 
         def make(folder: Path) -> None:
@@ -174,6 +176,15 @@ class Stages:
                 window=window,
                 max_new_tokens=max_new_tokens,
             )
+            if benchmarks:
+                more = benchmarks(scored)
+                card = card.model_copy(
+                    update={
+                        "scores": card.scores | more.scores,
+                        "by_dialogue": card.by_dialogue | more.by_dialogue,
+                        "benchmarks": more.benchmarks,
+                    }
+                )
             if scored != model:
                 shutil.rmtree(scored)
             (folder / SCORECARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")

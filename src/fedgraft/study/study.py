@@ -422,7 +422,7 @@ def with_paths(
                 return tuple(find(one) for one in value)
             case str() if key in MODELS:
                 return find(value, model=True)
-            case str() if key in ("validation", "test", "file"):
+            case str() if key in ("validation", "test", "file", "data"):
                 return find(value)
         return value
 
