@@ -85,6 +85,7 @@ def evaluate(
     from fedgraft.evaluation.harness import BenchmarkSettings
     from fedgraft.evaluation.knowledge import load_questions
     from fedgraft.evaluation.scorecard import evaluate as score
+    from fedgraft.evaluation.scorecard import together
     from fedgraft.models import open_tokenizer
     from fedgraft.text.dialogues import load_dialogues
     from fedgraft.weights.checkpoint import resolve
@@ -117,7 +118,7 @@ def evaluate(
             "expected something to score the model on, found nothing; name at least one of --data, "
             "--dialogues, --questions, --suite"
         )
-    scorecard = _together(cards)
+    scorecard = together(*cards)
     rows = (
         (name, f"{score.value:.4g} ± {score.stderr:.2g}", score.unit, f"{score.num:,}")
         for name, score in scorecard.scores.items()
@@ -160,20 +161,6 @@ def _benchmarks(
         open_network=lambda precision: _open(path, adapter, precision),
         say=lambda text: say("", text),
     )
-
-
-def _together(cards: "list[Scorecard]") -> "Scorecard":
-    """One card with what all of them hold."""
-    first, *others = cards
-    for card in others:
-        first = card.model_copy(
-            update={
-                "scores": first.scores | card.scores,
-                "outcomes": first.outcomes | card.outcomes,
-                "benchmarks": first.benchmarks | card.benchmarks,
-            }
-        )
-    return first
 
 
 def _by_department(data: list[str]) -> "dict[str, tuple[Document, ...]]":

@@ -101,6 +101,19 @@ class Scorecard(BaseModel):
         return score.value if score else None
 
 
+def together(first: Scorecard, *others: Scorecard) -> Scorecard:
+    """One card with what all of them hold, of the first one's arm; the later one counts."""
+    for card in others:
+        first = first.model_copy(
+            update={
+                "scores": first.scores | card.scores,
+                "outcomes": first.outcomes | card.outcomes,
+                "benchmarks": first.benchmarks | card.benchmarks,
+            }
+        )
+    return first
+
+
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgraft.evaluation.knowledge import Question
-from fedgraft.evaluation.scorecard import Scorecard, evaluate
+from fedgraft.evaluation.scorecard import Scorecard, evaluate, together
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.cost import ADAPTERS, TRAINING, StageCost, graft_flops
@@ -177,14 +177,7 @@ class Stages:
                 max_new_tokens=max_new_tokens,
             )
             if benchmarks:
-                more = benchmarks(scored)
-                card = card.model_copy(
-                    update={
-                        "scores": card.scores | more.scores,
-                        "by_dialogue": card.by_dialogue | more.by_dialogue,
-                        "benchmarks": more.benchmarks,
-                    }
-                )
+                card = together(card, benchmarks(scored))
             if scored != model:
                 shutil.rmtree(scored)
             (folder / SCORECARD).write_text(card.model_dump_json(indent=1), encoding="utf-8")
