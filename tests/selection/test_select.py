@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.report.pages import only_sorts
 
 from fedgraft.errors import ArtefactError, SelectionError
 from fedgraft.provenance import Record
@@ -161,5 +162,5 @@ def test_a_page_shows_text_as_text(tmp_path: Path, model: Path) -> None:
     rows = [row(n) | {"instruction": f"<script>alert({n})</script>"} for n in range(12)]
     path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     page = render(select(path, model, ALIGNED, window=128))
-    assert "<script>" not in page
+    assert only_sorts(page)
     assert "&lt;script&gt;" in page

@@ -655,7 +655,7 @@ def _batch_size(config: Any, longest: int) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars, no log but ours; templates compiled once."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -665,14 +665,17 @@ def _quiet() -> Iterator[None]:
     places = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
     bars, compile_template = [place.tqdm for place in places], templates.from_string
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, silent = log.level, datasets.are_progress_bars_disabled()
     try:
+        datasets.disable_progress_bars()
         log.setLevel(logging.ERROR)
         templates.from_string = functools.cache(compile_template)
         for place, bar in zip(places, bars, strict=True):
             place.tqdm = _silent(bar)
         yield
     finally:
+        if not silent:
+            datasets.enable_progress_bars()
         log.setLevel(level)
         templates.from_string = compile_template
         for place, bar in zip(places, bars, strict=True):
