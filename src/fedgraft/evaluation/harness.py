@@ -655,7 +655,6 @@ def _batch_size(config: Any, longest: int) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars, no log but ours; templates compiled once."""
-    import datasets
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -665,6 +664,7 @@ def _quiet() -> Iterator[None]:
     places = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
     bars, compile_template = [place.tqdm for place in places], templates.from_string
     log = logging.getLogger("lm_eval")
+    datasets = sys.modules["datasets"]  # lm_eval has loaded it
     level, silent = log.level, datasets.are_progress_bars_disabled()
     try:
         datasets.disable_progress_bars()
