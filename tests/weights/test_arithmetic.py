@@ -125,6 +125,20 @@ def test_nothing_beyond_a_block_is_read_or_written(count: int) -> None:
     assert (out[count:] == 7).all()
 
 
+def test_blocks_of_other_sizes_never_reach_the_loops() -> None:
+    """They read as far as they are told to."""
+    long, short = np.zeros(9, BFLOAT16), np.zeros(8, BFLOAT16)
+    wide = np.zeros(8, np.float32)
+    for call in (
+        lambda: subtract(long, short, long.copy()),
+        lambda: subtract(long, long, short.copy()),
+        lambda: lost(long, wide, long),
+        lambda: add(long, wide, long.copy()),
+    ):
+        with pytest.raises(ValueError, match="blocks of 8 and 9 numbers"):
+            call()
+
+
 @given(
     words=st.lists(st.integers(0, 2**16 - 1), max_size=6), dtype=st.sampled_from(["BF16", "F16"])
 )

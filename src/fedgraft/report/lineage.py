@@ -86,6 +86,7 @@ def render(result: Lineages) -> str:
         *(duration, count, power, figure, score, spread, took, amount),
         result=result,
         colours=_colours(result),
+        labels={},
         tiles=list(_tiles(result)),
         plots=list(_plots(result)),
         columns=[_words(name) for name in main],
@@ -128,9 +129,9 @@ def _tiles(result: Lineages) -> Iterator[Tile]:
         return
     unit = next(iter(values.values())).unit
     best = (max if unit == "share" else min)(values, key=lambda arm: values[arm].mean)
-    shown = [best, result.against, *(arm.arm for arm in result.arms)]
+    against = [result.against] if result.against else []
+    shown = [best, *against, *(arm.arm for arm in result.arms)]
     for arm in list(dict.fromkeys(name for name in shown if name in values))[:4]:
-        assert arm is not None
         value = f"{values[arm].mean:.0%}" if unit == "share" else f"{values[arm].mean:.3f}"
         words = f"{_words(result.score)}: {arm}"
         yield Tile(value=value, words=words, colour=_colours(result)[arm])

@@ -21,15 +21,12 @@ Studies that ask what happens otherwise say so: `any_parent: true`, `again: true
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PrivateAttr,
     field_validator,
     model_validator,
 )
@@ -41,7 +38,7 @@ from fedgraft.models import Precision
 from fedgraft.study.cost import Prices
 from fedgraft.study.selection import Source
 from fedgraft.study.shape import Shape
-from fedgraft.study.study import EvaluationPart, Form, Replay, Texts, read_yaml, with_paths
+from fedgraft.study.study import EvaluationPart, Form, Part, Replay, StudyFile, Texts
 from fedgraft.training.settings import PretrainSettings
 from fedgraft.weights.merging import PLAIN, Factors, Method
 
@@ -51,11 +48,7 @@ Verb = Literal["pretrain", "tune", "graft", "fresh"]
 VERBS: tuple[Verb, ...] = ("pretrain", "tune", "graft", "fresh")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Came(_Part):
+class Came(Part):
     """A checkpoint as it comes."""
 
     checkpoint: str
@@ -82,7 +75,7 @@ class Lesson(PretrainSettings):
     """At most so many of each, the first by hash, so that fewer are a part of more."""
 
 
-class Addition(_Part):
+class Addition(Part):
     """A residual is added."""
 
     residual: tuple[str, str]
@@ -104,7 +97,7 @@ class Addition(_Part):
         return not varied and self.scale == 1 and not self.again
 
 
-class Sizes(_Part):
+class Sizes(Part):
     """Sizes of a model, as config.json names them; those left out are as they were."""
 
     hidden_size: int | None = Field(default=None, gt=0)
@@ -114,7 +107,7 @@ class Sizes(_Part):
     num_key_value_heads: int | None = Field(default=None, gt=0)
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """How a model is made from another one: by one thing that is done to it."""
 
     model_config = ConfigDict(
@@ -169,7 +162,7 @@ class Examples(Source):
     first as many that may be tuned on."""
 
 
-class Asked(_Part):
+class Asked(Part):
     """What every arm is asked."""
 
     test: str
@@ -177,7 +170,7 @@ class Asked(_Part):
     """The groups that count; all where None."""
 
 
-class Benchmarks(_Part):
+class Benchmarks(Part):
     """The paper's benchmarks, through lm-evaluation-harness; see `evaluation.harness`."""
 
     data: str | None = None
@@ -206,7 +199,7 @@ class Benchmarks(_Part):
         return names
 
 
-class Arm(_Part):
+class Arm(Part):
     """A model that is scored."""
 
     words: str
@@ -237,11 +230,12 @@ def _as_it_comes(value: Any) -> Any:
     return value
 
 
-class LineageStudy(_Part):
+class LineageStudy(StudyFile):
     """Everything that a study of lineages needs; read from YAML."""
 
-    name: str
-    question: str
+    noun = "study of lineages"
+    brief = True
+
     models: dict[Name, Annotated[Came | Recipe, BeforeValidator(_as_it_comes)]] = Field(
         min_length=1
     )
@@ -251,12 +245,12 @@ class LineageStudy(_Part):
     tokenizer: Name | None = None
     """The model, as it comes, whose tokenizer and chat template all models are trained and asked
     with; where None, the last side of the first residual, or the first model."""
-    departments: dict[str, Texts] = {}
+    departments: dict[str, Texts] = Field(default_factory=dict)
     """New text; held-out documents of each are scored."""
-    texts: dict[Name, Texts] = {}
+    texts: dict[Name, Texts] = Field(default_factory=dict)
     """Other text that models may read."""
     replay: Replay | None = None
-    examples: dict[Name, Examples] = {}
+    examples: dict[Name, Examples] = Field(default_factory=dict)
     dialogues: Asked | None = None
     questions: Asked | None = None
     benchmarks: Benchmarks | None = None
@@ -273,22 +267,9 @@ class LineageStudy(_Part):
     prices: Prices | None = None
     """Of the device that runs it, for money and energy in plan and report."""
 
-    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _not_there: tuple[str, ...] = PrivateAttr(default=())
-
     @property
     def kind(self) -> Literal["lineage"]:
         return "lineage"
-
-    @property
-    def as_written(self) -> dict[str, Any]:
-        """The settings with defaults filled in and paths as the file names them."""
-        return self._as_written
-
-    @property
-    def not_there(self) -> tuple[str, ...]:
-        """Text, as the file names it, that a dry run did not find."""
-        return self._not_there
 
     @model_validator(mode="after")
     def _consistent(self) -> "LineageStudy":
@@ -298,26 +279,6 @@ class LineageStudy(_Part):
             if faults := list(find()):
                 raise ValueError("\n    ".join(faults))
         return self
-
-    @classmethod
-    def load(
-        cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False
-    ) -> "LineageStudy":
-        """Read a study file and find every path that it names.
-
-        A dry run reads no text, so there text may be missing (`not_there`).
-
-        Raises StudyError with *all* faults at once: unknown and missing keys, names of no model,
-        circles, recipes without meaning, paths that lead nowhere.
-        """
-        written = read_yaml(file, cls, "study of lineages")
-        content, not_there = with_paths(
-            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
-        )
-        study = cls.model_validate(content)
-        study._as_written = written.model_dump(mode="json", exclude_none=True)
-        study._not_there = not_there
-        return study
 
     @property
     def recipes(self) -> dict[str, Recipe]:

@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fedgraft.errors import FederationError, StudyError
 from fedgraft.evaluation.scorecard import (
@@ -84,13 +84,13 @@ from fedgraft.study.stage import Say, run_stage
 from fedgraft.study.study import (
     EvaluationPart,
     FamilyPart,
+    Part,
     Replay,
     ScaleSearch,
     Study,
+    StudyFile,
     Texts,
     faults_of,
-    read_yaml,
-    with_paths,
 )
 from fedgraft.study.together import counted
 from fedgraft.text.dialogues import (
@@ -128,11 +128,7 @@ NUM_DIRECTIONS = 64
 """That a map is drawn from; they keep distances to about a sixth."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GraftPart(_Part):
+class GraftPart(Part):
     """A model that is made for each seed: pre-trained on text, with the residual grafted on."""
 
     family: FamilyPart
@@ -143,7 +139,7 @@ class GraftPart(_Part):
     scale: float = 1.0
 
 
-class Source(_Part):
+class Source(Part):
     """Dialogues of a file, or a part of them."""
 
     file: str
@@ -174,11 +170,11 @@ class Arm(Selection):
         return Selection.model_validate(self.model_dump(exclude=own, exclude_unset=True))
 
 
-class SelectionStudy(_Part):
+class SelectionStudy(StudyFile):
     """Everything that a study of selection needs; read from YAML."""
 
-    name: str
-    question: str
+    noun = "study of selection"
+
     model: str | None = None
     shape: Shape | None = None
     """Sizes of `model` from its config.json, for a plan before it is fetched."""
@@ -195,22 +191,9 @@ class SelectionStudy(_Part):
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
 
-    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _not_there: tuple[str, ...] = PrivateAttr(default=())
-
     @property
     def kind(self) -> Literal["selection"]:
         return "selection"
-
-    @property
-    def as_written(self) -> dict[str, Any]:
-        """The settings with defaults filled in and paths as the file names them."""
-        return self._as_written
-
-    @property
-    def not_there(self) -> tuple[str, ...]:
-        """Text, as the file names it, that a dry run did not find."""
-        return self._not_there
 
     @model_validator(mode="after")
     def _consistent(self) -> "SelectionStudy":
@@ -238,20 +221,6 @@ class SelectionStudy(_Part):
             except ValidationError as error:
                 raise ValueError(f"arms.{name}: {'; '.join(faults_of(error))}") from error
         return self
-
-    @classmethod
-    def load(
-        cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False
-    ) -> "SelectionStudy":
-        """Read a study file and find every path that it names. Raises StudyError, all at once."""
-        written = read_yaml(file, cls, "study of selection")
-        content, not_there = with_paths(
-            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
-        )
-        study = cls.model_validate(content)
-        study._not_there = not_there
-        study._as_written = written.model_dump(mode="json")
-        return study
 
     def plan(self, arm: str, clients: Iterable[str], *, seed: int) -> Plan:
         """The plan of an arm."""

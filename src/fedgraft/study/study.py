@@ -13,7 +13,7 @@ Others are relative to the study file. A model may also be a name on the hub.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -45,18 +45,20 @@ MODELS = ("base", "instruct", "model", "encoder", "checkpoint")
 _File = TypeVar("_File", bound=BaseModel)
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of a study file: unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FamilyPart(_Part):
+class FamilyPart(Part):
     base: str
     instruct: str
     shape: Shape | None = None
     """Sizes from the models' config.json, for planning before they are fetched."""
 
 
-class Texts(_Part):
+class Texts(Part):
     """Where text comes from, and the field that holds it in JSONL."""
 
     corpus: tuple[str, ...] = Field(min_length=1)
@@ -69,7 +71,7 @@ class Replay(Texts):
     share: float = Field(gt=0, lt=1)
 
 
-class Scored(_Part):
+class Scored(Part):
     """Material of one kind for choosing (validation) and for reporting (test)."""
 
     validation: str
@@ -78,14 +80,14 @@ class Scored(_Part):
     """The groups that count, e.g. `old`; all where None."""
 
 
-class ScaleSearch(_Part):
+class ScaleSearch(Part):
     """Scales to try on the validation split; the best by `metric` is used."""
 
     grid: tuple[float, ...] = (1.0,)
     metric: str = RIGHT_AND_FOLLOWED
 
 
-class Form(_Part):
+class Form(Part):
     """A residual in fewer bytes; see `weights.compression`."""
 
     name: SmallForm
@@ -110,7 +112,7 @@ class Form(_Part):
                 return "packed"
 
 
-class Merging(_Part):
+class Merging(Part):
     """A way to add the residual that is compared with plain addition, over the same scales."""
 
     method: Method = PLAIN
@@ -119,7 +121,7 @@ class Merging(_Part):
     """The residual is stored in that form first; as it is where None."""
 
 
-class Domains(_Part):
+class Domains(Part):
     """Texts of other kinds, each read alone: how far is it from what the base knows, and what does
     reading it cost?"""
 
@@ -131,7 +133,7 @@ class Domains(_Part):
     texts: dict[Annotated[str, Field(pattern=r"^\w[\w. -]*$")], Texts] = Field(min_length=1)
 
 
-class Curve(_Part):
+class Curve(Part):
     """A study of forgetting against tokens, in place of a study of arms; a point at each of the
     budgets of `pretrain` and at its end."""
 
@@ -178,7 +180,7 @@ class FederationPart(Settings):
         return Plan.model_validate(settings | {"name": name, "departments": members} | changes)
 
 
-class EvaluationPart(_Part):
+class EvaluationPart(Part):
     """How arms are scored."""
 
     window: int = Field(default=256, ge=16)
@@ -190,11 +192,52 @@ class EvaluationPart(_Part):
     arms is never cut."""
 
 
-class Study(_Part):
-    """Everything that a run needs; read from YAML."""
+class StudyFile(Part):
+    """What study files of every kind have in common."""
+
+    noun: ClassVar[str] = "study"
+    """What a file of the kind is called where it is refused."""
+    brief: ClassVar[bool] = False
+    """Whether `as_written` leaves out what a file does not ask for, such as other recipes."""
 
     name: str
     question: str
+
+    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _not_there: tuple[str, ...] = PrivateAttr(default=())
+
+    @classmethod
+    def load(cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> Self:
+        """Read a study file and find every path that it names.
+
+        A dry run reads no text, so there text may be missing (`not_there`).
+
+        Raises StudyError with *all* faults at once: unknown and missing keys, values out of their
+        bounds, settings that contradict each other, unknown places, paths that lead nowhere.
+        """
+        written = read_yaml(file, cls, cls.noun)
+        content, not_there = with_paths(
+            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
+        )
+        study = cls.model_validate(content)
+        study._as_written = written.model_dump(mode="json", exclude_none=cls.brief)
+        study._not_there = not_there
+        return study
+
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The settings with defaults filled in and paths as the file names them."""
+        return self._as_written
+
+    @property
+    def not_there(self) -> tuple[str, ...]:
+        """Text, as the file names it, that a dry run did not find."""
+        return self._not_there
+
+
+class Study(StudyFile):
+    """Everything that a run needs; read from YAML."""
+
     family: FamilyPart
     departments: dict[str, Texts] = Field(min_length=1)
     replay: Replay | None = None
@@ -218,9 +261,6 @@ class Study(_Part):
     """The instruction tuning that the family's makers did, for comparing costs."""
     prices: Prices | None = None
     """Of the device that runs it, for money and energy in plan and report."""
-
-    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _not_there: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("pretrain", "adapters")
     @classmethod
@@ -330,34 +370,6 @@ class Study(_Part):
             except ValidationError as error:
                 faults = "; ".join(faults_of(error))
                 raise ValueError(f"federation with rule {rule}: {faults}") from error
-
-    @classmethod
-    def load(cls, file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> "Study":
-        """Read a study file and find every path that it names.
-
-        A dry run reads no text, so there text may be missing (`not_there`).
-
-        Raises StudyError with *all* faults at once: unknown and missing keys, values out of their
-        bounds, unknown places, paths that lead nowhere.
-        """
-        written = read_yaml(file, cls, "study")
-        content, not_there = with_paths(
-            written.model_dump(exclude_unset=True), Path(file), places, dry=dry
-        )
-        study = cls.model_validate(content)
-        study._as_written = written.model_dump(mode="json")
-        study._not_there = not_there
-        return study
-
-    @property
-    def as_written(self) -> dict[str, Any]:
-        """The settings with defaults filled in and paths as the file names them."""
-        return self._as_written
-
-    @property
-    def not_there(self) -> tuple[str, ...]:
-        """Text, as the file names it, that a dry run did not find."""
-        return self._not_there
 
 
 def read_yaml(file: str | Path, kind: type[_File], noun: str) -> _File:

@@ -58,7 +58,7 @@ def subtract(old: Array, new: Array, buffer: Array) -> Subtracted:
     if old.dtype == new.dtype == BFLOAT16:
         loop = "subtract_to_bfloat16" if block.dtype == BFLOAT16 else "subtract_to_float32"
         places, sums = np.empty(old.size, np.int64), np.empty(2)
-        num_lost = _call(loop, old, new, block, places, sums)
+        num_lost = _call(loop, (old, new, block, places), sums)
         return Subtracted(block, places[:num_lost].copy(), *sums.tolist())
     before = old.astype(np.float32)
     residual = np.subtract(new, before, dtype=np.float32)
@@ -72,7 +72,7 @@ def lost(old: Array, residual: Array, new: Array) -> Places:
     wide = residual.astype(np.float32, copy=False)
     if old.dtype == new.dtype == BFLOAT16:
         places = np.empty(old.size, np.int64)
-        return places[: _call("find_lost", old, wide, new, places)].copy()
+        return places[: _call("find_lost", (old, wide, new, places))].copy()
     restored = np.add(old, wide, dtype=np.float32).astype(new.dtype, copy=False)
     bits = f"u{new.itemsize}"
     return np.flatnonzero(restored.view(bits) != new.view(bits))
@@ -82,16 +82,21 @@ def add(old: Array, added: Floats, buffer: Array) -> tuple[Array, bool]:
     """Return old + added in the buffer, rounded once to its dtype, and whether all is finite."""
     block = buffer[: old.size]
     if old.dtype == block.dtype == BFLOAT16:
-        return block, bool(_call("add_to_bfloat16", old, added, block))
+        assert added.dtype == np.float32
+        return block, bool(_call("add_to_bfloat16", (old, added, block)))
     np.copyto(block, np.add(old, added, dtype=np.float32), casting="unsafe")
     return block, all_finite(block)
 
 
-def _call(loop: str, *blocks: Array) -> int:
-    """Call a loop on contiguous blocks, as long as the first of them."""
-    assert all(block.flags.c_contiguous for block in blocks)
-    places = (ctypes.c_void_p(block.ctypes.data) for block in blocks)
-    return int(getattr(_loops(), loop)(*places, ctypes.c_size_t(blocks[0].size)))
+def _call(loop: str, blocks: tuple[Array, ...], *others: Array) -> int:
+    """Call a loop, which trusts its caller, on contiguous blocks of one size, and on what else."""
+    sizes = {block.size for block in blocks}
+    if len(sizes) > 1:
+        raise ValueError(f"blocks of {' and '.join(map(str, sorted(sizes)))} numbers")
+    arrays = (*blocks, *others)
+    assert all(array.flags.c_contiguous for array in arrays)
+    places = (ctypes.c_void_p(array.ctypes.data) for array in arrays)
+    return int(getattr(_loops(), loop)(*places, ctypes.c_size_t(*sizes)))
 
 
 @cache
