@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -470,3 +471,22 @@ def test_lm_eval_is_left_as_it_was_found() -> None:
         assert isinstance(lm_eval.utils.env.from_string, functools._lru_cache_wrapper)
     assert (lm_eval.api.task.tqdm, datasets.config.HF_HUB_OFFLINE) == before
     assert not isinstance(lm_eval.utils.env.from_string, functools._lru_cache_wrapper)
+
+
+def test_an_evaluation_that_failed_leaves_pythons_own_chance_to_chance(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval
+
+    seen = []
+
+    def fails(**_: object) -> None:
+        seen.append(random.random())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lm_eval, "evaluate", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model, tmp_path, "piqa", data=data)
+    seeded = random.Random(harness.SEED)
+    assert seen == [seeded.random()]
+    assert random.random() != seeded.random()

@@ -542,18 +542,16 @@ def _run(
         else:
             lm.batch_size_per_gpu = batch_size = _batch_size(lm.config, fit.longest)
     num_requests = sum(len(task.instances) for task in loaded["tasks"].values())
-    before = random.getstate()
-    random.seed(SEED)
-    with progress(label, num_requests, "requests") as advance, redirect_stdout(io.StringIO()):
+    with _seeded(), progress(label, num_requests, "requests") as advance:
         lm.set_cache_hook(_Count(advance))
-        results = lm_eval.evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=settings.limit,
-            apply_chat_template=settings.chat_template,
-            fewshot_as_multiturn=settings.chat_template,
-        )
-    random.setstate(before)
+        with redirect_stdout(io.StringIO()):
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=settings.limit,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.chat_template,
+            )
     _refuse_nan(results["samples"], label)
     sizes = [results["n-samples"][task] for task in loaded["tasks"]]
     asked = Asked(
@@ -621,6 +619,17 @@ def _score(found: Mapping[str, Any], key: str, values: Sequence[Any]) -> Score:
         constraints = ratio([(sum(met), len(met)) for met in values], unit="share")
         stderr, num = constraints.stderr, constraints.num
     return Score(value=float(value), num=num, stderr=float(stderr), unit="share")
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Python's own chance as lm-eval's command sets it, inside; what it was, afterwards."""
+    before = random.getstate()
+    random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _refuse_nan(samples: Mapping[str, Sequence[Mapping[str, Any]]], label: str) -> None:
