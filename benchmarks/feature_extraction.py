@@ -19,7 +19,6 @@ its own process, and the peak of that process.
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -42,7 +41,8 @@ from fedgraft.pocket.weights import folder
 from fedgraft.progress import silenced
 from fedgraft.selection.features import BATCH_TOKENS, BATCH_TOKENS_GPU, Encoding, features
 from fedgraft.testing import tiny_model
-from fedgraft.text.dialogues import Dialogue, Message, encode, load_dialogues
+from fedgraft.text.dialogues import Dialogue, encode, load_dialogues
+from fedgraft.text.tasks import load_dolly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,19 +56,6 @@ LONGEST = 1024
 RUN = 16
 PAPER = {"Dolly": (60, 10, 200), "Natural Instructions": (40, 36, 738)}
 """Rounds, clients a round, clients."""
-
-
-def dolly() -> list[Dialogue]:
-    found = []
-    for number, line in enumerate(DOLLY.read_text(encoding="utf-8").splitlines()):
-        row = json.loads(line)
-        asked = "\n\n".join(filter(None, (row["instruction"], row["context"])))
-        turns = (
-            Message(role="user", content=asked),
-            Message(role="assistant", content=row["response"]),
-        )
-        found.append(Dialogue(id=str(number), messages=turns))
-    return found
 
 
 def company() -> list[Dialogue]:
@@ -86,7 +73,7 @@ def embedded(texts: Sequence[Dialogue]) -> tuple["PreTrainedModel", list[list[in
 def of_shape(
     name: str, dtype: torch.dtype, texts: Sequence[Dialogue]
 ) -> tuple["PreTrainedModel", list[list[int]]]:
-    from benchmarks.synthetic import SHAPES
+    from synthetic import SHAPES
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**SHAPES[name].config)
@@ -159,7 +146,7 @@ def main() -> None:
             subprocess.run(own, check=True)
         return
     dtype = getattr(torch, options.dtype)
-    texts = dolly() if options.texts == "dolly" else company()
+    texts = load_dolly(DOLLY) if options.texts == "dolly" else company()
     model, everything = of_shape(options.shape, dtype, texts) if options.shape else embedded(texts)
     model = model.to(options.device, dtype)
     everything = [ids for ids in everything if len(ids) <= LONGEST]
