@@ -1,4 +1,4 @@
-"""The benchmarks' figures are those of lm-eval's own command, on the same files and model.
+"""The benchmarks' figures are those of lm-eval's own command, on the same files and pocket graft.
 
 The task files below are written as lm-eval's guide has it (`include:` a stock file), not by the
 code under test; shots and answer lengths are those that the result states.
@@ -18,11 +18,11 @@ import yaml
 from fedgraft.evaluation.benchmarks import PAPER, PAPER_ROWS, Asked, chosen
 from fedgraft.evaluation.harness import BenchmarkSettings, run_benchmarks
 from fedgraft.models import open_model
+from fedgraft.pocket.company import write_company
 from fedgraft.pocket.weights import folder as pocket
 from fedgraft.weights.checkpoint import Checkpoint
 
 DATA = Path(os.environ.get("FEDGRAFT_DATA", "../shared/data")) / "bench"
-MODEL = pocket / "instruct"
 SUBJECTS = ("anatomy", "management", "college_computer_science")
 LIMIT = 3
 STOCK = {
@@ -56,6 +56,24 @@ RUN = (
     "from langdetect import DetectorFactory; DetectorFactory.seed = 0\n"
     "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 )
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket base after some of the company's second year, and its instructions."""
+    place = tmp_path_factory.mktemp("graft")
+    write_company(place / "company")
+    year = place / "company" / "year2" / "hr.jsonl"
+    base, instruct = pocket / "base", pocket / "instruct"
+    rate = ("--learning-rate", "4e-4", "--row-length", "256")
+    fedgraft("pretrain", base, "--data", year, "--tokens", "16k", *rate, "--out", place / "newer")
+    fedgraft("residual", "extract", base, instruct, "--out", place / "residual")
+    fedgraft("graft", place / "newer", place / "residual", "--out", place / "grafted")
+    return place / "grafted"
+
+
+def fedgraft(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "fedgraft", *map(str, words)], check=True)
 
 
 def material(folder: Path) -> Path:
@@ -144,7 +162,7 @@ def write_tasks(folder: Path, data: Path, asked: Mapping[str, Asked]) -> list[st
 
 
 def by_command(
-    place: Path, data: Path, kept: Path, asked: Mapping[str, Asked], *flags: str
+    model: Path, place: Path, data: Path, kept: Path, asked: Mapping[str, Asked], *flags: str
 ) -> dict[str, dict[str, Any]]:
     """What `lm-eval run` says of the model, by benchmark."""
     names = write_tasks(place / "tasks", data, asked)
@@ -152,7 +170,7 @@ def by_command(
     done = subprocess.run(
         [
             *(sys.executable, "-c", RUN, "run", "--model", "hf", "--batch_size", "1"),
-            *("--model_args", f"pretrained={MODEL},dtype=float32", "--device", "cpu"),
+            *("--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"),
             *("--include_path", str(place / "tasks"), "--tasks", ",".join(names)),
             *("--limit", str(LIMIT), "--output_path", str(place / "out.json"), *flags),
         ],
@@ -173,21 +191,21 @@ def by_command(
     ("names", "chat"), [(tuple(PAPER), False), (("ifeval", "mmlu", "gsm8k", "arc_easy"), True)]
 )
 def test_figures_are_those_of_lm_evals_own_command(
-    tmp_path: Path, names: tuple[str, ...], chat: bool
+    graft: Path, tmp_path: Path, names: tuple[str, ...], chat: bool
 ) -> None:
     data, kept = material(tmp_path / "data"), tmp_path / "kept"
     card = run_benchmarks(
-        Checkpoint.open(MODEL),
+        Checkpoint.open(graft),
         arm="pocket",
         benchmarks=chosen(names),
         settings=BenchmarkSettings(
             data=data, limit=LIMIT, fit=True, batch_size=1, chat_template=chat
         ),
         kept=kept,
-        open_network=lambda _: open_model(MODEL),
+        open_network=lambda _: open_model(graft),
     )
     flags = ("--apply_chat_template",) if chat else ()
-    theirs = by_command(tmp_path, data, kept, card.benchmarks, *flags)
+    theirs = by_command(graft, tmp_path, data, kept, card.benchmarks, *flags)
     expected = {
         PAPER[name].score_name(key): (theirs[name][key], theirs[name][key.replace(",", "_stderr,")])
         for name in names

@@ -1,6 +1,9 @@
 """A study of lineages, tiny and real: models are what recipes say, and nothing is done twice."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +257,48 @@ def test_killed_and_resumed_equals_never_killed(
     assert not (tmp_path / "out/seed-1/tuned" / RECORD).exists()
     resumed = run_small(material, tmp_path / "out", **changes)
     assert not any("pre-train" in title for title in resumed.stages_done)
+    for arm in ("graft", "tuned"):
+        assert resumed.scores(arm) == ran.scores(arm)
+
+
+UNTIL_KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+import torch
+from fedgraft.study import kinds
+torch.set_num_threads(1)
+file, material, out, last = sys.argv[1:]
+begun = []
+def say(line):
+    if not line.startswith(" ") and not line.endswith(": done already"):
+        begun.append(line)
+        if len(begun) == int(last):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+kinds.run(kinds.load(Path(file), {"place": Path(material)}), Path(out), say=say)
+"""
+"""Killed by the system a moment after it has begun so many stages."""
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_again_and_again_it_ends_as_if_never_killed(
+    ran: Ran, material: Path, tmp_path: Path
+) -> None:
+    models = {
+        "newer": NEWER,
+        "graft": {"from": "newer", "graft": GRAFT},
+        "tuned": {"from": "graft", "tune": {**TRAINING, "examples": ["lessons"]}},
+    }
+    changes = only("graft", "tuned", **models) | {"examples": LESSONS, "seeds": [1]}
+    out = tmp_path / "out"
+    file = write_study(out.with_suffix(".yaml"), **changes)
+    for last in (2, 1, 2, 1):
+        command = [sys.executable, "-c", UNTIL_KILLED, str(file), str(material), str(out)]
+        process = subprocess.run([*command, str(last)], capture_output=True, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert not (out / "result.json").exists()
+    resumed = run_small(material, out, **changes)
+    assert not any("pre-train" in title for title in resumed.stages_done)
+    assert not list(out.rglob("*.partial-*"))
     for arm in ("graft", "tuned"):
         assert resumed.scores(arm) == ran.scores(arm)
 
