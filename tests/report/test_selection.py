@@ -8,6 +8,7 @@ from fedgraft.study.result import Holding, Holdings, Mapped, Marked, ScoredChoic
 from fedgraft.study.selection import WORDS, against, over_seeds
 
 RIGHT, ROUGE, LEGACY, NATS = WORDS
+RIVALS = dict.fromkeys(("start", "fedit", "aligned"), "random")
 
 
 def result(*, spent: Spent | None = None, num_not_asked: int = 0) -> Selections:
@@ -39,13 +40,14 @@ def result(*, spent: Spent | None = None, num_not_asked: int = 0) -> Selections:
         seeds=(1, 2, 3),
         words={"fedit": "all examples", "random": "by chance", "aligned": "<b>FedHDS</b>"},
         against="random",
+        rivals=RIVALS,
         num_examples=400,
         num_left_out=7,
         num_test=50,
         num_not_asked=num_not_asked,
         scored=scored,
         summary=over_seeds(scored),
-        compared=against(scored, "random"),
+        compared=against(scored, RIVALS),
         partition=Holdings(
             words="two clients",
             labels=("a", "b"),

@@ -199,14 +199,14 @@ def test_differences_are_of_one_seed_each() -> None:
         ScoredChoice(arm=arm, seed=seed, scores={"response/rouge_l": value})
         for (arm, seed), value in values.items()
     ]
-    (found,) = against(scored, "b")
+    (found,) = against(scored, {"a": "b"})
     differences = [0.10, 0.08, 0.09]
     assert found.difference == pytest.approx(fmean(differences))
     assert found.stderr == pytest.approx(stdev(differences) / 3**0.5)
     assert found.told_apart
-    (two,) = against([one for one in scored if one.seed < 3], "b")
+    (two,) = against([one for one in scored if one.seed < 3], {"a": "b"})
     assert not two.told_apart  # two seeds have no spread to speak of
-    words = verdict(over_seeds(scored), [found], "b")
+    words = verdict(over_seeds(scored), [found], "b", {"a": "b"})
     assert "Ahead of b by more than two standard errors: a." in words
 
 
@@ -216,16 +216,52 @@ def test_lower_is_better_for_a_loss() -> None:
         for arm, loss in (("a", 1.0), ("b", 2.0))
         for seed in (1, 2, 3)
     ]
-    words = verdict(over_seeds(scored), against(scored, "b"), "b")
+    words = verdict(over_seeds(scored), against(scored, {"a": "b"}), "b", {"a": "b"})
     assert "1.000 nats with a, the best of 2 arms" in words
     assert "two standard errors: a." in words
-    assert "two standard errors: b." not in verdict(over_seeds(scored), against(scored, "a"), "a")
+    turned = {"b": "a"}
+    words = verdict(over_seeds(scored), against(scored, turned), "a", turned)
+    assert "two standard errors: b." not in words
+
+
+def test_an_arm_is_compared_with_the_one_that_it_names_and_else_with_that_of_the_study(
+    place: Path,
+) -> None:
+    arms = {
+        "little": {"method": "random", "budget": 0.1},
+        "random": {"method": "random", "budget": 0.2},
+        "choice": {"budget": 0.2},
+        "little choice": {"budget": 0.1, "against": "little"},
+    }
+    study = load(place, arms={name.replace(" ", "-"): arm for name, arm in arms.items()})
+    rivals = {"start": "random", "little": "random", "choice": "random", "little-choice": "little"}
+    assert study.rivals == rivals
+    losses = {"start": 3.0, "little": 2.5, "random": 1.0, "choice": 1.5, "little-choice": 2.0}
+    scored = [
+        ScoredChoice(arm=arm, seed=seed, scores={"response/nats_per_token": loss})
+        for arm, loss in losses.items()
+        for seed in (1, 2, 3)
+    ]
+    compared = against(scored, rivals)
+    found = {one.arm: one.difference for one in compared}
+    assert found == {"start": 2.0, "little": 1.5, "choice": 0.5, "little-choice": -0.5}
+    words = verdict(over_seeds(scored), compared, "random", rivals)
+    assert "Ahead of random by more than two standard errors: no arm." in words
+    assert "Ahead of little by more than two standard errors: little-choice." in words
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"against": "nobody"}, "against: nobody is none of the arms fedit, random"),
+        ({"against": "nobody"}, "against: nobody is none of the other arms fedit, random"),
+        (
+            {"arms": {"random": {"method": "random", "budget": 0.1, "against": "nobody"}}},
+            "arms.random.against: nobody is none of the other arms random",
+        ),
+        (
+            {"arms": {"random": {"method": "random", "budget": 0.1, "against": "random"}}},
+            "arms.random.against: random is none of the other arms random",
+        ),
         ({"model": None}, "expected either model or graft, found neither"),
         ({"arms": {"start": {"method": "all"}}, "against": "start"}, "model before training"),
         ({"arms": {"random": {"method": "random"}}}, "expected a budget"),

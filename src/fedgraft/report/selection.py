@@ -41,6 +41,7 @@ class Row:
 
     arm: str
     summary: Summary
+    rival: str = ""
     difference: str = ""
     stderr: str = ""
     apart: str = ""
@@ -173,6 +174,7 @@ def _tables(result: Selections) -> Iterator[Table]:
                 Row(
                     arm=arm,
                     summary=found[name],
+                    rival=result.rivals[arm],
                     difference=_difference(compared.difference, unit),
                     stderr="" if error is None else _difference(error, unit).lstrip("+"),
                     apart="yes" if compared.told_apart else "" if error is None else "no",

@@ -553,6 +553,9 @@ class Selections(Found):
     seeds: tuple[int, ...]
     words: dict[str, str]
     against: str
+    """The arm that those which name no other are compared with."""
+    rivals: dict[str, str]
+    """Arm -> the arm that it is compared with."""
     num_examples: int
     """Of all clients, before any choice."""
     num_left_out: int

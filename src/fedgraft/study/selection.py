@@ -161,12 +161,14 @@ class Arm(Selection):
     """The examples of all clients at one place, as one client."""
     sampled: float | None = Field(default=None, gt=0, le=1)
     """Share of the clients that a round asks; that of `federation` where None."""
+    against: Name | None = None
+    """The arm that it is compared with; that of the study where None."""
     words: str = ""
     """What it is, for the report."""
 
     @property
     def selection(self) -> Selection:
-        own = {"pooled", "sampled", "words"}
+        own = {"pooled", "sampled", "against", "words"}
         return Selection.model_validate(self.model_dump(exclude=own, exclude_unset=True))
 
 
@@ -187,7 +189,7 @@ class SelectionStudy(StudyFile):
     row_length: int = Field(default=256, ge=16)
     arms: dict[Name, Arm] = Field(min_length=1)
     against: Name = "random"
-    """The arm that the others are compared with."""
+    """The arm that those which name no other are compared with."""
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
     evaluation: EvaluationPart = EvaluationPart()
 
@@ -202,10 +204,12 @@ class SelectionStudy(StudyFile):
             raise ValueError(f"expected either model or graft, found {found}")
         if self.graft and self.shape:
             raise ValueError("shape: is the model's; the sizes of a graft go to graft.family.shape")
-        if self.against not in self.arms:
-            raise ValueError(
-                f"against: {self.against} is none of the arms {', '.join(self.arms)}; name one"
-            )
+        rivals = {f"arms.{name}.against": arm.against for name, arm in self.arms.items()}
+        for key, rival in {"against": self.against, **rivals}.items():
+            if rival is not None and (rival not in self.arms or key == f"arms.{rival}.against"):
+                raise ValueError(
+                    f"{key}: {rival} is none of the other arms {', '.join(self.arms)}; name one"
+                )
         if START in self.arms:
             raise ValueError(f"arms: {START} is the model before training; take another name")
         told = {"selection": "arms", "seed": "seeds", "row_length": "row_length"}
@@ -221,6 +225,13 @@ class SelectionStudy(StudyFile):
             except ValidationError as error:
                 raise ValueError(f"arms.{name}: {'; '.join(faults_of(error))}") from error
         return self
+
+    @property
+    def rivals(self) -> dict[str, str]:
+        """Arm -> the arm that it is compared with; none with itself."""
+        named = {name: arm.against or self.against for name, arm in self.arms.items()}
+        named[START] = self.against
+        return {name: rival for name, rival in named.items() if rival != name}
 
     def plan(self, arm: str, clients: Iterable[str], *, seed: int) -> Plan:
         """The plan of an arm."""
@@ -323,14 +334,15 @@ class _Run:
             scored.append(self._start(model, seed))
             scored += [self._arm(arm, model, clients, seed) for arm in study.arms]
         summary = over_seeds(scored)
-        compared = against(scored, study.against)
+        compared = against(scored, study.rivals)
         Selections(
             name=study.name,
             question=study.question,
-            verdict=verdict(summary, compared, study.against),
+            verdict=verdict(summary, compared, study.against, study.rivals),
             seeds=study.seeds,
             words={name: in_words(arm) for name, arm in study.arms.items()},
             against=study.against,
+            rivals=study.rivals,
             num_examples=sum(map(len, first.values())),
             num_left_out=self.num_left_out,
             num_test=len(self.test),
@@ -655,8 +667,8 @@ def over_seeds(scored: Iterable[ScoredChoice]) -> dict[str, dict[str, Summary]]:
     }
 
 
-def against(scored: Iterable[ScoredChoice], other: str) -> tuple[Compared, ...]:
-    """Each arm and score against those of another arm, seed by seed: both had the same clients.
+def against(scored: Iterable[ScoredChoice], rivals: Mapping[str, str]) -> tuple[Compared, ...]:
+    """Each arm and score less those of its rival, seed by seed: both had the same clients.
 
     The standard error is that of the mean of the differences over seeds; None with one seed.
     """
@@ -665,13 +677,12 @@ def against(scored: Iterable[ScoredChoice], other: str) -> tuple[Compared, ...]:
         by_arm.setdefault(one.arm, {})[one.seed] = one
     found = []
     for arm, seeds in by_arm.items():
-        if arm == other:
-            continue
+        others = by_arm[rivals[arm]] if arm in rivals else {}
         for name in WORDS:
             differences = [
-                one.scores[name] - by_arm[other][seed].scores[name]
+                one.scores[name] - others[seed].scores[name]
                 for seed, one in seeds.items()
-                if name in one.scores and name in by_arm[other][seed].scores
+                if seed in others and name in one.scores and name in others[seed].scores
             ]
             if differences:
                 error = stdev(differences) / sqrt(len(differences)) if differences[1:] else None
@@ -688,9 +699,17 @@ def against(scored: Iterable[ScoredChoice], other: str) -> tuple[Compared, ...]:
 
 
 def verdict(
-    summary: Mapping[str, Mapping[str, Summary]], compared: Iterable[Compared], other: str
+    summary: Mapping[str, Mapping[str, Summary]],
+    compared: Iterable[Compared],
+    other: str,
+    rivals: Mapping[str, str],
 ) -> str:
-    """A few sentences that follow from the figures by rule."""
+    """A few sentences that follow from the figures by rule.
+
+    Args:
+        other: The arm that is told beside the best one.
+        rivals: Arm -> the arm that it was compared with.
+    """
     sentences = []
     for name, (words, unit) in WORDS.items():
         values = {arm: found[name].mean for arm, found in summary.items() if name in found}
@@ -703,13 +722,13 @@ def verdict(
             f"{words[0].upper()}{words[1:]}: {_shown(values[best], unit)} with {best}, the best of "
             f"{len(values)} arms; {_shown(values[other], unit)} with {other}{began}."
         )
-        ahead = [
-            one.arm
-            for one in compared
-            if one.score == name and one.told_apart and (one.difference > 0) == (unit == "share")
-        ]
-        told = f"{', '.join(ahead)}" if ahead else "no arm"
-        sentences.append(f"Ahead of {other} by more than two standard errors: {told}.")
+        ahead: dict[str, list[str]] = {}
+        for one in compared:
+            if one.score == name and one.told_apart and (one.difference > 0) == (unit == "share"):
+                ahead.setdefault(rivals[one.arm], []).append(one.arm)
+        for rival in dict.fromkeys((other, *rivals.values())):
+            told = ", ".join(ahead.get(rival, ())) or "no arm"
+            sentences.append(f"Ahead of {rival} by more than two standard errors: {told}.")
     return " ".join(sentences) or "Nothing was scored, so that nothing can be said."
 
 
@@ -721,14 +740,14 @@ def in_words(arm: Arm) -> str:
     """What an arm is, in a line."""
     if arm.words:
         return arm.words
-    share = f"{arm.budget:.2g} of all" if arm.budget else "one of each cluster"
+    share = f"{100 * arm.budget:.2g}% of all" if arm.budget else "one of each cluster"
     where = ", all at one place" if arm.pooled else ""
     where += "" if arm.repeat else ", none twice"
     match arm.method:
         case "all":
             return f"all examples{where}"
         case "random":
-            return f"a random share, {arm.budget or 0:.1%}{where}"
+            words = "by chance"
         case "local":
             words = "each client by itself" if not arm.pooled else "the clusters of all text"
         case "points":
