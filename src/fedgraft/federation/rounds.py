@@ -1,6 +1,6 @@
 """Rounds: clients train, the server aggregates, and the round is kept.
 
-    sizes      once: who is there, with which model and tokenizer
+    sizes      once: who is there, with which model and tokenizer, with documents or dialogues
     round      select ──> train ──> check ──> aggregate ──> write
                who, and   a question    each answer   a group at   rounds/0003/, whole or
                on what    to each       on its own    a time       not at all
@@ -41,7 +41,7 @@ from fedgraft.errors import FederationError, ReportError, SelectionError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
 from fedgraft.federation.choice import CENTRES
 from fedgraft.federation.hierarchy import Clusters, mix
-from fedgraft.federation.history import History, Part, Round, means
+from fedgraft.federation.history import History, Kind, Part, Round, means
 from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
 from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
 from fedgraft.federation.optimiser import stepped
@@ -177,7 +177,7 @@ class _Run:
     def everything(self) -> History:
         if finished := self._resume():
             return finished
-        self._ask_sizes()
+        self._check_departments(self._ask_sizes(self.plan.clients, 0))
         if not self.standings:
             self.standings = dict.fromkeys(self.plan.groups, Standing(adapters=self._fresh(0)))
         first = next(iter(self.standings.values()))
@@ -238,24 +238,61 @@ class _Run:
             self.workplace.close()
         return found
 
-    def _ask_sizes(self) -> None:
+    def _ask_sizes(self, names: Iterable[str], number: int) -> dict[str, Part]:
         """Find out who can take part; who cannot is named, and not asked again."""
-        names = self.plan.clients
         questions = {
-            name: Question(kind="sizes", round=0, phase="select", settings=self._task(name))
+            name: Question(kind="sizes", round=number, phase="select", settings=self._task(name))
             for name in names
         }
-        faults: dict[str, str] = {}
+        parts: dict[str, Part] = {}
+        kinds: dict[str, Kind] = {}
         for answer in self._asked(questions):
             part = self._part(answer, self._logged(answer, "select", {}))
+            parts[part.client] = part
             if part.fault in ("other model", "other tokenizer", "no data"):
                 self.excluded.add(part.client)
-            self.num_examples[part.client] = part.num_examples
-            if part.counted and _int(answer.payload, "num_documents") == part.num_examples:
-                self.unscored.add(part.client)
-            if not part.counted:
-                faults[part.client] = part.refused or FAULTS[part.fault or "failed"]
-            self.watch(Answered(round=0, phase="select", part=part))
+            if part.counted:
+                told = answer.payload
+                kinds[part.client] = "dialogues" if _int(told, "num_dialogues") else "documents"
+                self.num_examples[part.client] = part.num_examples
+                if _int(told, "num_documents") == part.num_examples:
+                    self.unscored.add(part.client)
+            self.watch(Answered(round=number, phase="select", part=part))
+        if kinds and not number and not self.history.rounds:
+            (most, _), *_ = Counter(sorted(kinds.values())).most_common()
+            self.history = self.history.model_copy(update={"examples": most})
+        for part in self._of_another_kind(parts, kinds):
+            parts[part.client] = part
+            self.excluded.add(part.client)
+            self.watch(Answered(round=number, phase="select", part=part))
+        left_out = {name: part.num_left_out for name, part in parts.items() if part.num_left_out}
+        left_out = {**self.history.left_out, **left_out}
+        self.history = self.history.model_copy(update={"left_out": left_out})
+        return parts
+
+    def _of_another_kind(
+        self, parts: Mapping[str, Part], kinds: Mapping[str, Kind]
+    ) -> Iterable[Part]:
+        """Refuse clients with dialogues among others with documents, or those among these.
+
+        What most have at the beginning is what the federation has: means over clients would
+        otherwise mix nats per token of answers and of text.
+        """
+        for name, kind in kinds.items():
+            if kind != self.history.examples:
+                refused = (
+                    f"client {name!r}: expected {self.history.examples}, as most clients have, "
+                    f"found {kind}; let it take part in a federation of its own"
+                )
+                yield parts[name].model_copy(update={"refused": refused})
+
+    def _check_departments(self, parts: Mapping[str, Part]) -> None:
+        """Raise FederationError where a department has nobody that can take part."""
+        faults = {
+            name: part.refused or FAULTS[part.fault or "failed"]
+            for name, part in parts.items()
+            if not part.counted
+        }
         for department, clients in self.plan.departments.items():
             if all(name in faults for name in clients):
                 listed = "\n".join(f"  {name}: {faults[name]}" for name in clients)
@@ -638,6 +675,7 @@ class _Run:
             fault=answer.fault,
             refused=refused,
             num_examples=_int(given, "num_examples"),
+            num_left_out=_int(given, "num_left_out"),
             num_scored=_int(given, "num_scored" if answer.kind == "adapter" else "num_tokens"),
             scores=scores if answer.kind != "sizes" else {},
             loss=_float(given, "loss"),
