@@ -15,6 +15,11 @@ With a selection there are two: each client tells the centroids of its examples'
 trains on so many examples of each as the server chose (`selection.coreset`), group by group. A
 client of which nothing is chosen is not asked to train; a group without any keeps its adapter.
 
+Who was not there at the beginning is asked again in the first round that it is sampled for: how
+much it has, and, where examples are chosen once, the question for centroids of that choice. Those
+who come late together choose among themselves; what was chosen before stays. Who still does not
+answer is named in that round.
+
 Below `out`:
 
     rounds/NNNN/     where every group stands after a round, and the history so far; the last two
@@ -305,14 +310,13 @@ class _Run:
 
     def _round(self, number: int) -> None:
         clock = _Clock()
-        sampled = asked = self._sampled(number)
+        sampled = self._sampled(number)
+        absent = self._still_absent(sampled, number)
+        asked = [name for name in sampled if name not in absent]
         coreset = self._chosen(asked, number)
-        absent = (
-            {name: coreset.absent[name] for name in asked if name in coreset.absent}
-            if coreset
-            else {}
-        )
-        asked = [name for name in asked if coreset is None or coreset.of(name)]
+        if coreset:
+            absent |= {name: coreset.absent[name] for name in asked if name in coreset.absent}
+            asked = [name for name in asked if coreset.of(name)]
         started = self._start_of_newcomers(asked, number)
         clock.lap("select")
         incoming = self.out / f".incoming-{number:04d}"
@@ -370,6 +374,12 @@ class _Run:
             asked += rng.permutation(able)[:count].tolist()
         return sorted(asked)
 
+    def _still_absent(self, sampled: Iterable[str], number: int) -> dict[str, Part]:
+        """Ask those who never told how much they have; who still cannot take part, and why."""
+        unknown = [name for name in sampled if name not in self.num_examples]
+        parts = self._ask_sizes(unknown, number) if unknown else {}
+        return {name: part for name, part in parts.items() if not part.counted}
+
     def _start_of_newcomers(self, asked: Iterable[str], number: int) -> dict[str, Tensors]:
         """FedSA-LoRA: department -> the mean B of its clients, where somebody new will need it."""
         if self.plan.rule != "fedsa":
@@ -400,26 +410,33 @@ class _Run:
         return {department: dict(mean_b(updates)) for department, updates in found.items()}
 
     def _chosen(self, asked: Iterable[str], number: int) -> _Coreset | None:
-        """Which examples the clients of a round train on, None where they need no server for it."""
+        """Which examples the clients of a round train on, None where they need no server for it.
+
+        Chosen once, it is chosen from all clients, and later from those alone who were not there.
+        """
         selection = self.plan.selection
         if selection is None or selection.method == "all":
             return None
-        if self.coreset and not selection.every_round:
-            return replace(self.coreset, absent={})
-        names = [name for name in self.plan.clients if name not in self.excluded]
-        names = sorted(asked) if selection.every_round else sorted(names)
+        before = None if selection.every_round else self.coreset
+        of_choice = before.round if before else number
+        if before:
+            names = [name for name in asked if name not in before.taken]
+        elif selection.every_round:
+            names = list(asked)
+        else:
+            names = sorted(self.num_examples.keys() - self.excluded)
         absent: dict[str, Part] = {}
         if selection.method == "random":
-            summaries = {name: _uncut(self.num_examples.get(name, 0)) for name in names}
+            summaries = {name: _uncut(self.num_examples[name]) for name in names}
         else:
-            summaries, absent = self._summaries(names, number, selection)
-        taken: dict[str, tuple[int, ...]] = {}
+            summaries, absent = self._summaries(names, of_choice, selection)
+        taken = dict(before.taken) if before else {}
         for group, members in self.plan.groups.items():
             ours = {name: summaries[name] for name in members if name in summaries}
             seed = derive_seed(self.plan.seed, "choice", group, number)
             found = choose(ours, selection, seed=seed) if ours else {}
             taken |= {name: tuple(counts.tolist()) for name, counts in found.items()}
-        self.coreset = _Coreset(round=number, taken=taken, absent=absent)
+        self.coreset = _Coreset(round=of_choice, taken=taken, absent=absent)
         return self.coreset
 
     def _summaries(
