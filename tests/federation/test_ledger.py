@@ -221,7 +221,7 @@ REFUSED: list[tuple[Kind, dict[str, object], str]] = [
     ("sizes", {"num_examples": int.from_bytes(b"salary")}, "found another int"),
     ("sizes", {"num_examples": True}, "plain int for num_examples, found a bool"),
     ("sizes", {"num_examples": np.int64(3)}, "plain int for num_examples, found a int64"),
-    ("sizes", {"name": "hr"}, "only num_documents, .* found 'name' \\(a str\\); .* Take it out"),
+    ("sizes", {"name": "hr"}, "only num_dialogues, .* found 'name' \\(a str\\); .* Take it out"),
     ("adapter", {"loss": 2}, "plain float for loss, found a int"),
     ("adapter", {"loss": np.float64(2)}, "plain float .* found a float64"),
     ("adapter", {"loss": float("nan")}, "to be finite and at most 1e\\+06"),
