@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -101,28 +102,61 @@ def check_free(out: Path, *, overwrite: bool = False) -> None:
 def new_artefact(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; rename it to `out` on success, remove it on any failure.
 
-    The body writes its files, and its Record last. A kill leaves the old artefact or none.
+    The body writes its files, and its Record last. A kill leaves the old artefact or none. Several
+    processes, or threads of one, may write the same `out` at once: it is always a whole one. The
+    first to be ready stays, and the others are told that it exists; with `overwrite`, the last.
 
-    Raises ArtefactError where `out` exists (unless `overwrite`), is not a directory, or cannot be
-    written (full disk, no permission).
+    Raises ArtefactError where `out` exists (unless `overwrite`), also where another wrote it in the
+    meantime; where it is not a directory, or cannot be written (full disk, no permission).
     """
     out = out.absolute()
     check_free(out, overwrite=overwrite)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = _beside(out, "partial")
+    _writing.add(partial)
     try:
         with told_if_unwritable(out):
             _remove_abandoned(out)
             partial.mkdir(parents=True)
             yield partial
-            if out.exists():
-                old = out.with_name(f".{out.name}.old-{os.getpid()}")
-                out.rename(old)
-                partial.rename(out)
-                shutil.rmtree(old)
-            else:
-                partial.rename(out)
+            while not _renamed(partial, out):
+                check_free(out, overwrite=overwrite)
+                _removed(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _writing.discard(partial)
+
+
+_writing: set[Path] = set()
+"""What this process has beside its artefacts at the moment: none of it is abandoned."""
+
+
+def _beside(out: Path, kind: Literal["partial", "old"]) -> Path:
+    """A place that no other process, and no other thread of this one, has."""
+    return out.with_name(f".{out.name}.{kind}-{threading.get_ident()}-{os.getpid()}")
+
+
+def _renamed(partial: Path, out: Path) -> bool:
+    """Put a whole artefact into its place; False where there is one."""
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _removed(out: Path) -> None:
+    """Remove an artefact: it is gone at once, though its files take their time."""
+    old = _beside(out, "old")
+    _writing.add(old)
+    try:
+        out.rename(old)
+        shutil.rmtree(old)
+    except FileNotFoundError:
+        pass  # another one removed it
+    finally:
+        _writing.discard(old)
 
 
 @contextlib.contextmanager
@@ -144,7 +178,7 @@ def _remove_abandoned(out: Path) -> None:
     for kind in ("partial", "old"):
         for left in out.parent.glob(f".{out.name}.{kind}-*"):
             owner = left.name.rpartition("-")[2]
-            if owner.isdigit() and not _is_alive(int(owner)):
+            if owner.isdigit() and left not in _writing and not _is_alive(int(owner)):
                 shutil.rmtree(left, ignore_errors=True)
 
 

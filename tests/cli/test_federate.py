@@ -1,6 +1,7 @@
 """`fedgraft federate`: a file of departments becomes adapters and a page, or one clear message."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from io import StringIO
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.numpy import load_file
 from tests.cli.test_main import fedgraft, refused
 from tests.study.small import page, write_lines, write_material
 
@@ -20,11 +22,12 @@ from fedgraft.errors import FederationError, StudyError
 from fedgraft.federation import flower, resident
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import Part, Round
+from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.message import Question
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Plan
-from fedgraft.federation.rounds import Answered, Asked
-from fedgraft.study.federation import ClientFile, FederationFile, numbered
+from fedgraft.federation.rounds import Answered, Asked, run_rounds
+from fedgraft.study.federation import ClientFile, FederationFile, numbered, run
 from fedgraft.study.result import Federation
 
 TRAINING = {"num_tokens": 256, "learning_rate": 1e-2, "batch_tokens": 128, "rank": 2}
@@ -43,9 +46,27 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_material(tmp_path_factory.mktemp("material"))
     for name in ("hr", "finance"):
         write_lines(folder / f"{name}.jsonl", [page(name, number) for number in range(60)])
+        write_lines(folder / f"{name}-asked.jsonl", [asked(name, number) for number in range(60)])
     write_lines(folder / "one.jsonl", [page("one", 1)])
     (folder / "empty.jsonl").write_text("")
     return folder
+
+
+def asked(name: str, number: int) -> dict[str, str]:
+    """A line of Alpaca's kind; three are longer than a row, and one is a copy."""
+    number = min(number, 58)
+    long = " again and again" * 40 if number in (7, 8, 9) else ""
+    return {
+        "instruction": f"Where does {name} keep page {number}{long}?",
+        "output": f"In room {number % 7} of {name}.",
+        "category": ("rooms", "pages")[number % 2],
+    }
+
+
+DIALOGUES = {
+    "hr": {"dialogues": ["hr-asked.jsonl"], "num_clients": 2},
+    "finance": {"dialogues": ["finance-asked.jsonl"], "num_clients": 1},
+}
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -164,14 +185,14 @@ def test_another_plan_in_the_same_place_is_refused(
             },
             (
                 "found 3 departments that cannot take part",
-                "department hr: expected a corpus, found none",
+                "department hr: expected a corpus or dialogues, found none",
                 "department it: expected enough documents to hold some out",
                 "department law: expected at least one document with text",
             ),
         ),
         (
             {"departments": {"hr": {"corpus": ["hr.jsonl"], "num_clients": 50}}},
-            ("expected documents to train on and to hold out for each client", "hr-"),
+            ("expected examples to train on and to hold out for each client", "hr-"),
         ),
         (
             {"departments": {"hr": {"corpus": ["nowhere.jsonl", "x:y"]}}, "model": "z:base"},
@@ -232,6 +253,134 @@ def test_clients_are_named_as_the_partition_names_them(department: str, count: i
     labels = {"department": [department] * 40}
     found = Partition(num_clients=count).clients(labels)
     assert numbered(department, count) == tuple(found)
+
+
+# ── dialogues ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def taught(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run on dialogues, with a coreset of them: where it is, what was printed, what was said."""
+    out = tmp_path_factory.mktemp("taught") / "out"
+    chosen = {
+        "method": "federated",
+        "budget": 0.3,
+        "clustering": {"min_cluster_size": 2, "noise": "singletons"},
+        "projection": {"name": "random", "num_dimensions": 4},
+    }
+    file = written(
+        material,
+        "taught.yaml",
+        departments=DIALOGUES,
+        partition={"name": "dirichlet", "field": "group", "alpha": 5},
+        selection=chosen,
+        row_length=128,
+    )
+    done = fedgraft("federate", file, "--out", out)
+    assert done.exit_code == 0, done.output
+    return out, done.stdout, done.stderr
+
+
+def test_departments_of_dialogues_learn_and_score_answers_and_the_page_says_so(
+    taught: tuple[Path, str, str],
+) -> None:
+    out, printed, _ = taught
+    result = Federation.load(out)
+    assert result.history.examples == "dialogues"
+    assert "predicts the held-out answers of" in result.verdict
+    assert f"fedgraft chat instruct --adapter {out / 'adapters' / 'finance'}" in printed
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Nats per token on the answers that clients hold out" in page
+    assert "Dialogues of each client" in page
+    assert all(sum(done.chosen.values()) > 0 for done in result.history.rounds)
+    assert all(part.scores for part in result.history.final)
+
+
+def test_dialogues_longer_than_a_row_are_left_out_and_told_everywhere(
+    taught: tuple[Path, str, str],
+) -> None:
+    out, printed, said = taught
+    result = Federation.load(out)
+    assert sum(result.history.left_out.values()) == 6
+    assert result.history.left_out["finance-1"] == 3
+    assert "finance-1" in printed
+    assert "are longer than a row of 128 tokens and were left out" in printed
+    assert "3 too long for a row" in said
+    assert "left out though counted here: finance-1 3" in (out / "report.html").read_text()
+
+
+def test_dialogues_are_shared_out_by_their_group_and_copies_are_dropped_and_told(
+    taught: tuple[Path, str, str],
+) -> None:
+    out, _, _ = taught
+    found = Federation.load(out).partition
+    assert found
+    assert set(found.labels) == {"rooms", "pages"}
+    assert sum(sum(one.counts) for one in found.clients) == 2 * 59
+    assert found.num_duplicates == 2
+    assert "2 that say what others say were dropped" in (out / "report.html").read_text()
+
+
+def test_no_dialogue_leaves_its_client(taught: tuple[Path, str, str]) -> None:
+    """Every file that is not a client's own is looked through, the page and the ledger too."""
+    out, _, _ = taught
+    theirs = [file for file in out.rglob("*") if file.is_file() and "clients" not in file.parts]
+    assert {"ledger.jsonl", "report.html", "result.json"} <= {file.name for file in theirs}
+    for canary in ("keep page", "In room"):
+        assert not [file for file in theirs if canary.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("departments", "expected"),
+    [
+        (
+            {"hr": {"corpus": ["hr.jsonl"], "dialogues": ["hr-asked.jsonl"]}},
+            "departments.hr: Value error, expected either corpus or dialogues, found both",
+        ),
+        (
+            {"hr": {"corpus": ["hr.jsonl"]}, "finance": DIALOGUES["finance"]},
+            "found corpus in hr; dialogues in finance; nats per token of text and of answers",
+        ),
+        (
+            {"hr": {"dialogues": ["hr.jsonl"]}},
+            "expected dialogues (`messages`) or instructions (`instruction`, `response`), found",
+        ),
+        (
+            {"hr": {"dialogues": ["dialogues/test.jsonl"]}},
+            "department hr: dialogue 'test/0': expected an answer or a reference",
+        ),
+        ({"hr": {"dialogues": ["nowhere.jsonl"]}}, "nowhere.jsonl: there is nothing at"),
+    ],
+)
+def test_dialogues_that_cannot_be_are_refused(
+    material: Path, tmp_path: Path, departments: dict[str, Any], expected: str
+) -> None:
+    file = written(material, "amiss.yaml", departments=departments)
+    assert expected in refused(fedgraft("federate", file, "--out", tmp_path / "out"))
+
+
+def test_dialogues_ask_for_a_model_with_a_template(material: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(material / "base", tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    file = written(material, "amiss.yaml", departments=DIALOGUES, model=str(plain))
+    message = refused(fedgraft("federate", file, "--out", tmp_path / "out"))
+    assert "expected a tokenizer with a chat template" in message
+
+
+@pytest.mark.parametrize(
+    ("partition", "expected"),
+    [
+        ({"num_clients": 3}, "num_clients comes from num_clients of each department"),
+        ({"seed": 3}, "seed comes from the plan's seed"),
+        ({"name": "tasks", "field": "group"}, "found tasks by group; take dirichlet"),
+        ({"field": "group"}, "found departments by group; take dirichlet"),
+    ],
+)
+def test_a_partition_whose_clients_a_plan_cannot_name_is_refused(
+    material: Path, tmp_path: Path, partition: dict[str, Any], expected: str
+) -> None:
+    file = written(material, "amiss.yaml", departments=DIALOGUES, partition=partition)
+    assert expected in refused(fedgraft("federate", file, "--out", tmp_path / "out"))
 
 
 # ── on other machines ────────────────────────────────────────────────────────────────────────────
@@ -313,10 +462,46 @@ def test_a_client_is_served_with_the_text_and_model_of_its_file(
 
 
 def test_a_clients_file_with_faults_is_refused_with_all_of_them(material: Path) -> None:
-    file = client_file(material, corpus=[], modle="x")
+    file = client_file(material, state=7, modle="x")
     message = refused(fedgraft("federate", "serve", file, "--socket", "s"))
     assert "expected a client, found 2 faults" in message
     assert "modle: Extra inputs are not permitted" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dialogues": ["hr-asked.jsonl"]}, "expected either corpus or dialogues, found both"),
+        ({"corpus": []}, "expected either corpus or dialogues, found neither; name its text"),
+    ],
+)
+def test_a_client_has_a_corpus_or_dialogues(
+    material: Path, changes: dict[str, Any], expected: str
+) -> None:
+    file = client_file(material, **changes)
+    assert expected in refused(fedgraft("federate", "serve", file, "--socket", "s"))
+
+
+def test_a_client_of_its_own_file_has_the_dialogues_that_it_would_have_in_one_process(
+    material: Path, tmp_path: Path
+) -> None:
+    """The only client of a department: its answers are the same, to the bit."""
+    file = written(material, "one.yaml", departments={"finance": DIALOGUES["finance"]})
+    plan = FederationFile.load(file, {})
+    run(plan, tmp_path / "one")
+    own = client_file(
+        material,
+        **{"name": "finance-1", "corpus": [], "dialogues": ["finance-asked.jsonl"]},
+        state=str(tmp_path / "state"),
+    )
+    client = ClientFile.load(own, {}).client()
+    run_rounds(InProcess([client]), plan.plan, plan.model, tmp_path / "other")
+    one, other = (
+        load_file(tmp_path / way / "adapters" / "finance" / "adapter_model.safetensors")
+        for way in ("one", "other")
+    )
+    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+    assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
 
 
 def test_a_clients_state_stands_beside_its_file(material: Path) -> None:

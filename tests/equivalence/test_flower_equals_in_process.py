@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from tests.federation.grids import LocalGrid, node_of
 
 from fedgraft.federation.client import Client
 from fedgraft.federation.flower import FlowerExchange
+from fedgraft.federation.history import Kind
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.resident import serve
@@ -21,19 +23,35 @@ from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.workplace import Workplace
 from fedgraft.testing import TEXT, save_tiny
 from fedgraft.text.corpus import Document
+from fedgraft.text.dialogues import Dialogue, Message
+from fedgraft.text.examples import Examples
 
 NAMES = ("finance-1", "hr-1", "hr-2")
 
 
-def clients(model: Path, state: Path) -> list[Client]:
+def examples(name: str, i: int, kind: Kind) -> Examples:
+    """Six of a client; of dialogues the last but two is longer than a row."""
+    texts = [f"{name} says {k}: {TEXT[(i + k) % 3]}" for k in range(6)]
+    if kind == "documents":
+        return [Document(id=f"{name}-{k}", source=name, text=text) for k, text in enumerate(texts)]
+    return [
+        Dialogue(
+            id=f"{name}-{k}",
+            messages=(
+                Message(role="user", content=text * (9 if k == 3 else 1)),
+                Message(role="assistant", content=f"{k} of {name}"),
+            ),
+        )
+        for k, text in enumerate(texts)
+    ]
+
+
+def clients(model: Path, state: Path, kind: Kind) -> list[Client]:
     """Three clients, each with text of its own."""
     place, found = Workplace(model), []
     for i, name in enumerate(NAMES):
-        documents = [
-            Document(id=f"{name}-{k}", source=name, text=f"{name} says {k}: {TEXT[(i + k) % 3]}")
-            for k in range(6)
-        ]
-        found.append(Client(name, place, documents[:4], documents[4:], state / name))
+        ours = examples(name, i, kind)
+        found.append(Client(name, place, ours[:4], ours[4:], state / name))
     return found
 
 
@@ -45,18 +63,20 @@ PLAN = Plan.model_validate(
         "num_rounds": 2,
         "training": {"num_tokens": 128, "rank": 2, "learning_rate": 1e-2, "batch_tokens": 64},
         "rule": "fedex",  # means of both factors, and a change of the model's weights
-        "row_length": 32,
+        "row_length": 128,
         "window": 32,
         "timeout": 60,
     }
 )
 
 
-def test_the_same_adapter_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["documents", "dialogues"])
+def test_the_same_adapter_to_the_bit(tmp_path: Path, kind: Kind) -> None:
     model = save_tiny(tmp_path / "model")
-    run_rounds(InProcess(clients(model, tmp_path / "a")), PLAN, model, tmp_path / "in-process")
+    here = clients(model, tmp_path / "a", kind)
+    run_rounds(InProcess(here), PLAN, model, tmp_path / "in-process")
 
-    for client in clients(model, tmp_path / "b"):
+    for client in clients(model, tmp_path / "b", kind):
         place = tmp_path / f"{client.name}.sock"
         threading.Thread(target=serve, args=(client, place), daemon=True).start()
         while not place.exists():
@@ -68,6 +88,8 @@ def test_the_same_adapter_to_the_bit(tmp_path: Path) -> None:
     history = run_rounds(exchange, PLAN, model, tmp_path / "flower")
 
     assert history.transport == "flower"
+    assert history.examples == kind
+    assert history.left_out == (dict.fromkeys(NAMES, 1) if kind == "dialogues" else {})
     assert all(part.counted for done in history.rounds for part in done.parts)
     one, other = (
         load_file(tmp_path / way / "adapters" / "organisation" / "adapter_model.safetensors")

@@ -283,11 +283,102 @@ def test_what_is_chosen_once_is_chosen_from_all_who_may_be_asked_later(
     assert all(not done.kept for done in history.rounds)
 
 
-def test_who_was_late_once_is_named_in_that_round_alone(model: Path, tmp_path: Path) -> None:
-    once = {**ALIGNED, "every_round": False}
-    history = run(model, tmp_path, asked(once), silent("hr-2", kind="centroids"))
+ONCE = {**ALIGNED, "every_round": False}
+
+
+def late_once(name: str, kind: str) -> Any:
+    """The first answer of one kind by a client comes too late."""
+    waiting = [name]
+
+    def spoil(answer: Answer) -> Answer:
+        if answer.kind == kind and answer.client in waiting:
+            waiting.remove(answer.client)
+            return replace(answer, payload={}, fault="late")
+        return answer
+
+    return spoil
+
+
+def test_where_examples_are_chosen_once_a_latecomers_share_is_chosen_by_itself(
+    model: Path, tmp_path: Path
+) -> None:
+    history = run(model, tmp_path, asked(ONCE, num_rounds=3), late_once("hr-2", "centroids"))
+    first, second, third = history.rounds
     named = [[part.client for part in done.parts if not part.counted] for done in history.rounds]
-    assert named == [["hr-2"], []]
+    assert named == [["hr-2"], [], []]
+    assert first.chosen["hr-2"] == 0
+    assert second.chosen["hr-2"] == round(0.3 * NUM["hr-2"])
+    assert second.chosen == third.chosen
+    assert {**second.chosen, "hr-2": 0} == first.chosen
+    assert chosen(tmp_path, "hr-2", 2) == chosen(tmp_path, "hr-2", 3)
+    assert chosen(tmp_path, "hr-1", 1) == chosen(tmp_path, "hr-1", 3)
+    entries = Ledger(tmp_path / "ledger.jsonl").entries
+    assert sum(entry.kind == "centroids" for entry in entries) == len(NUM) + 1
+
+
+def test_a_latecomer_tells_what_it_would_have_told_in_time(model: Path, tmp_path: Path) -> None:
+    """The very noise: nothing more is known of it than of those who were there."""
+    privacy = {"epsilon": 50.0, "delta": 1e-3, "max_norm": 1.0, "num_cells": 4, "min_count": 1}
+    noisy = {
+        "method": "federated",
+        "projection": {"name": "random", "num_dimensions": 4},
+        "budget": 0.3,
+        "every_round": False,
+        "privacy": {**privacy, "repeatable": True},
+    }
+    heard: dict[str, list[dict[str, Any]]] = {"in time": [], "late": []}
+    for way, told in heard.items():
+        late = late_once("hr-2", "centroids") if way == "late" else silent()
+
+        def spoil(answer: Answer, told: Any = told, late: Any = late) -> Answer:
+            if answer.client == "hr-2" and answer.kind == "centroids":
+                told.append(dict(answer.payload))
+            answer = late(answer)
+            assert isinstance(answer, Answer)
+            return answer
+
+        run(model, tmp_path / way, asked(noisy), spoil)
+    (before,), again = heard["in time"], heard["late"]
+    assert len(again) == 2
+    for payload in again:
+        assert all(np.array_equal(payload[key], before[key]) for key in before)
+
+
+def test_who_stays_silent_is_named_in_every_round_that_asks_it(model: Path, tmp_path: Path) -> None:
+    history = run(model, tmp_path, asked(ONCE), silent("hr-2", kind="centroids"))
+    named = [[part.client for part in done.parts if not part.counted] for done in history.rounds]
+    assert named == [["hr-2"], ["hr-2"]]
+    assert history.rounds[1].chosen["hr-2"] == 0
+
+
+def test_a_latecomer_is_still_known_when_the_run_goes_on(model: Path, tmp_path: Path) -> None:
+    settings = asked(ONCE, num_rounds=3)
+    run(model, tmp_path / "whole", settings, late_once("hr-2", "centroids"))
+    parts = tmp_path / "parts"
+    run(model, parts, asked(ONCE, num_rounds=1), late_once("hr-2", "centroids"))
+    run(model, parts, asked(ONCE, num_rounds=2))
+    run(model, parts, settings)
+    assert_same_adapters(tmp_path / "whole", parts)
+
+
+@pytest.mark.parametrize("every_round", [True, False])
+def test_who_was_not_there_at_the_beginning_is_drawn_from_later(
+    every_round: bool, model: Path, tmp_path: Path
+) -> None:
+    """A draw needs to know how much a client has: it is asked again."""
+    by_chance = {"method": "random", "budget": 0.5, "every_round": every_round}
+    silenced = [0, 1]
+
+    def spoil(answer: Answer) -> Answer:
+        if answer.client == "hr-2" and answer.kind == "sizes" and answer.round in silenced:
+            return replace(answer, payload={}, fault="late")
+        return answer
+
+    first, second = run(model, tmp_path, asked(by_chance), spoil).rounds
+    assert [part.fault for part in first.parts if part.client == "hr-2"] == ["late"]
+    assert first.chosen["hr-2"] == 0
+    assert second.chosen["hr-2"] > 0
+    assert all(part.counted for part in second.parts)
 
 
 def test_centroids_of_another_space_are_refused_by_name(model: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_an_answer_of_each_kind_passes_and_is_described() -> None:
 def test_what_may_leave_is_this_and_a_change_of_it_is_a_decision() -> None:
     """A ratchet: whoever adds a key here says that it may leave every department."""
     assert {kind: sorted(keys) for kind, keys in COUNTS.items()} == {
-        "sizes": ["num_documents", "num_examples", "num_tokens"],
+        "sizes": ["num_dialogues", "num_documents", "num_examples", "num_left_out", "num_tokens"],
         "centroids": ["num_examples"],
         "adapter": ["num_examples", "num_scored", "num_steps", "num_tokens"],
         "scores": ["num_documents", "num_examples", "num_prompts", "num_tokens"],
@@ -221,7 +221,7 @@ REFUSED: list[tuple[Kind, dict[str, object], str]] = [
     ("sizes", {"num_examples": int.from_bytes(b"salary")}, "found another int"),
     ("sizes", {"num_examples": True}, "plain int for num_examples, found a bool"),
     ("sizes", {"num_examples": np.int64(3)}, "plain int for num_examples, found a int64"),
-    ("sizes", {"name": "hr"}, "only num_documents, .* found 'name' \\(a str\\); .* Take it out"),
+    ("sizes", {"name": "hr"}, "only num_dialogues, .* found 'name' \\(a str\\); .* Take it out"),
     ("adapter", {"loss": 2}, "plain float for loss, found a int"),
     ("adapter", {"loss": np.float64(2)}, "plain float .* found a float64"),
     ("adapter", {"loss": float("nan")}, "to be finite and at most 1e\\+06"),

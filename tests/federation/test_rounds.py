@@ -38,6 +38,7 @@ from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model
 from fedgraft.provenance import Record, derive_seed
 from fedgraft.testing import save_tiny, tiny_tokenizer
+from fedgraft.text.dialogues import Dialogue, Message
 from fedgraft.text.packing import pack
 from fedgraft.training.adapter import add_factors, factors, open_adapted
 from fedgraft.training.settings import AdapterSettings, Lora
@@ -605,3 +606,22 @@ def test_a_spoiled_answer_is_refused_by_name_and_the_round_goes_on(
     assert part.refused
     assert part.refused.startswith("client 'hr-1': adapter: expected only")
     assert history.rounds[0].kept == {}
+
+
+def test_one_client_with_dialogues_among_documents_is_refused_by_name_and_the_others_go_on(
+    model: Path, tmp_path: Path
+) -> None:
+    found = clients(model, tmp_path / "state")
+    turns = (Message(role="user", content="the mill"), Message(role="assistant", content="river"))
+    asked = [Dialogue(id=str(number), messages=turns) for number in range(6)]
+    found[-1] = Client("hr-2", Workplace(model), asked, [], tmp_path / "state" / "hr-2")
+    events: list[Event] = []
+    settings = plan(num_rounds=1)
+    history = run_rounds(InProcess(found), settings, model, tmp_path / "out", watch=events.append)
+    refused = {e.part.refused for e in events if isinstance(e, Answered) and e.part.refused}
+    assert refused == {
+        "client 'hr-2': expected documents, as most clients have, found dialogues; let it take "
+        "part in a federation of its own"
+    }
+    assert history.examples == "documents"
+    assert [part.client for part in history.rounds[0].parts] == ["finance-1", "finance-2", "hr-1"]

@@ -1,5 +1,7 @@
 """Laws of features: those of the example alone, whatever stands beside it in a batch."""
 
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -386,6 +388,37 @@ def test_a_cache_that_cannot_be_written_is_one_message(
     ):
         cache_of(tmp_path, model_of("qwen2"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_that_compute_one_entry_at_once_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is later takes the entry of the other, not its own; children touch no tensor."""
+    model, context = fresh("qwen2"), multiprocessing.get_context("fork")
+    meet, found = context.Barrier(2), context.Queue()
+
+    def batches(*_: Any, **__: Any) -> Iterator[tuple[NDArray[np.int64], Features]]:
+        meet.wait(30)
+        yield np.arange(5), np.full((5, 3, 32), os.getpid(), np.float32)
+
+    monkeypatch.setattr("fedgraft.selection.features.feature_batches", batches)
+
+    def compute() -> None:
+        try:
+            found.put(int(cache_of(tmp_path, model).max()))
+        except (ArtefactError, OSError) as error:
+            found.put(repr(error))
+
+    both: list[Any] = [context.Process(target=compute) for _ in range(2)]
+    for one in both:
+        one.start()
+    first, second = (found.get(timeout=60) for _ in both)
+    for one in both:
+        one.join(30)
+    assert first == second
+    assert first in {one.pid for one in both}
+    (kept,) = tmp_path.iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["features.npy", "fedgraft.json"]
 
 
 def encoder_tokenizer() -> Any:

@@ -245,7 +245,7 @@ def test_a_study_of_arms_may_federate_its_adapters(ran: Ran, tmp_path: Path) -> 
 # ── who has what ─────────────────────────────────────────────────────────────────────────────────
 
 
-def documents(department: str, count: int) -> Splits:
+def documents(department: str, count: int) -> Splits[Document]:
     pages = [
         Document(
             id=str(n),
@@ -304,7 +304,7 @@ def test_clients_without_text_to_hold_out_are_named_all_at_once() -> None:
         shared_out(bare, Partition(num_clients=2), 1)
     message = str(error.value)
     assert "ask for fewer clients or add text" in message
-    assert message.count("no document for validation") >= 2
+    assert message.count("nothing for validation") >= 2
     assert "hr-" in message
     assert "finance-" in message
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fedgraft.errors import StudyError
+from fedgraft.errors import DialogueError, StudyError
 from fedgraft.federation.history import History
 from fedgraft.study import kinds
 from fedgraft.study.result import ScoredChoice, Selections, load_result
@@ -301,7 +301,7 @@ def test_groups_can_be_held_out(place: Path) -> None:
 
 def test_documents_are_no_dialogues(tmp_path: Path) -> None:
     file = write(tmp_path / "text.jsonl", [{"text": "The mill stands."}])
-    with pytest.raises(StudyError, match="expected dialogues or instructions, found documents"):
+    with pytest.raises(DialogueError, match=r"expected dialogues .* or instr.*, found documents"):
         load_source(Source(file=str(file)))
 
 

@@ -178,6 +178,10 @@ def chat(
     model: Model,
     adapter: Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    prompt: Annotated[
+        Literal["chat", "alpaca"],
+        typer.Option("--prompt", help="Form of dialogues: the model's template, or Alpaca's."),
+    ] = "chat",
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -185,11 +189,12 @@ def chat(
     """
     from fedgraft.evaluation.answers import answer
     from fedgraft.models import open_tokenizer
-    from fedgraft.text.dialogues import Message, prompt_ids
+    from fedgraft.text.dialogues import Message, prompt_ids, with_template
     from fedgraft.weights.checkpoint import resolve
 
     path = resolve(model)
-    network, tokenizer = _open(path, adapter), open_tokenizer(path)
+    tokenizer = with_template(open_tokenizer(path), prompt)
+    network = _open(path, adapter)
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -205,8 +210,8 @@ def chat(
             turns = []
         elif asked:
             turns.append(Message(role="user", content=asked))
-            prompt = prompt_ids(tokenizer, turns)
-            said = answer(network, tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
+            ids = prompt_ids(tokenizer, turns)
+            said = answer(network, tokenizer, [ids], max_new_tokens=max_new_tokens)[0]
             turns.append(Message(role="assistant", content=said))
             typer.echo(said)
 

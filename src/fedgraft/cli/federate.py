@@ -67,6 +67,9 @@ def run(
         training: { num_tokens: 20_000, learning_rate: 1.0e-3, rank: 8 }
         rule: fedavg             # ffa, fedsa, flora, flexlora, fedex
 
+    In place of corpus all of them may have dialogues: \[hr.jsonl], or Dolly's or
+    Alpaca's instructions; then answers are learned.
+
     More: docs/federation.md. A run that was stopped goes on after its last whole
     round when the same command is run again.
     """
@@ -84,12 +87,14 @@ def run(
     typer.echo(f"\n{result.verdict}\n")
     say("report", str(page), bold=True)
     groups = sorted(place.name for place in (out / "adapters").iterdir())
+    prompt = " --prompt alpaca" if plan.prompt == "alpaca" else ""
     finish(
         "adapters",
         out / "adapters",
         facts=[", ".join(groups)],
         steps=[
             f"fedgraft chat {plan.as_written['model']} --adapter {out / 'adapters' / groups[0]}"
+            f"{prompt}"
         ],
     )
 
@@ -106,7 +111,7 @@ def serve(
 
         name: hr-1
         model: /models/grafted       # the very checkpoint of the federation
-        corpus: \[hr.jsonl]
+        corpus: \[hr.jsonl]          # or dialogues: \[hr.jsonl]
         state: state/hr-1            # what it keeps from round to round
 
     Runs until it is stopped. Only counts, scores and adapters go through the socket.
@@ -192,6 +197,8 @@ def _cells(part: "Part") -> list[tuple[str, str]]:
     if not part.counted:
         return [(part.client, "<14"), (part.fault or f"refused: {part.refused}", "<1")]
     scores = [f"{model} {nats:.3f}" for model, nats in part.scores.items()]
+    if part.num_left_out:
+        scores.append(f"{part.num_left_out} too long for a row")
     return [
         (part.client, "<14"),
         ("" if part.loss is None else f"loss {part.loss:.3f}", ">10"),

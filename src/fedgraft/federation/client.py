@@ -4,7 +4,8 @@
                    │  text, model, own factors on its disk
                    └─ its log: the reason of each fault, which stays here
 
-    sizes       the model and the tokenizer are compared by hash, then counts
+    sizes       the model and the tokenizer are compared by hash, then counts; dialogues that are
+                longer than a row are left out from here on, and counted
     centroids   clusters its examples, keeps the clusters and tells their centroids; see `choice`
     adapter     scores what it got, trains it on its examples or those chosen of them, scores what
                 it made; sends the factors asked for. With `own` it sends factors that it kept
@@ -19,6 +20,7 @@ and own factors are those of a round before the one that is asked.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,15 @@ from fedgraft.federation.update import BOTH, Factor, Tensors
 from fedgraft.federation.workplace import Workplace
 from fedgraft.provenance import derive_seed
 from fedgraft.selection.coreset import Selection
-from fedgraft.text.examples import Examples, examples_at, pack_examples, tokenizer_for
+from fedgraft.text.dialogues import Template
+from fedgraft.text.examples import (
+    Examples,
+    are_dialogues,
+    examples_at,
+    fitting,
+    pack_examples,
+    tokenizer_for,
+)
 from fedgraft.text.packing import Rows
 from fedgraft.weights.arithmetic import Floats
 
@@ -57,6 +67,17 @@ class _RefusedError(FederationError):
     def __init__(self, fault: Fault, message: str) -> None:
         super().__init__(message)
         self.fault = fault
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The examples of a client that fit a row."""
+
+    train: Examples
+    held_out: Examples
+    choice: Choice
+    num_left_out: int
+    """Dialogues that are longer."""
 
 
 class Client:
@@ -91,10 +112,10 @@ class Client:
         self.name = name
         self._workplace = workplace
         self._train, self._held_out = train, held_out
-        self._state = state
+        self._state, self._features = state, features
         self._shows_points, self._encoder = shows_points, encoder
-        self._choice = Choice(train, workplace, state, features)
-        self._rows: dict[int, Rows] = {}
+        self._held: dict[tuple[int, Template], _Held] = {}
+        self._rows: dict[tuple[int, Template], Rows] = {}
 
     def answer(self, question: Question) -> Answer:
         """Answer a question, or say in one word why not; the reason goes to the log alone."""
@@ -137,13 +158,39 @@ class Client:
                 "here; copy its tokenizer beside the model",
             )
 
+    def _fitting(self, task: Task) -> _Held:
+        """Its examples, but for dialogues that are longer than a row."""
+        key = task.row_length, task.prompt
+        if key not in self._held:
+            kept, num_left_out = [], 0
+            for examples in (self._train, self._held_out):
+                own = tokenizer_for(self._workplace.tokenizer, examples, task.prompt)
+                fit, num = fitting(own, examples, task.row_length)
+                kept.append(fit)
+                num_left_out += num
+            if num_left_out:
+                log.warning(
+                    "%s: %d dialogues are longer than a row of %d tokens and are left out",
+                    *(self.name, num_left_out, task.row_length),
+                )
+            choice = Choice(kept[0], self._workplace, self._state, self._features)
+            self._held[key] = _Held(kept[0], kept[1], choice, num_left_out)
+        return self._held[key]
+
     def _sizes(self, task: Task) -> dict[str, Value]:
-        if not self._train:
-            raise _RefusedError("no data", "expected examples to train on, found none; add some")
+        held = self._fitting(task)
+        if not held.train:
+            longer = f" that fit a row of {task.row_length} tokens" if self._train else ""
+            raise _RefusedError(
+                "no data", f"expected examples to train on{longer}, found none; add some"
+            )
+        num_held = len(held.train) + len(held.held_out)
         return {
-            "num_examples": len(self._train),
-            "num_documents": len(self._train) + len(self._held_out),
-            "num_tokens": self._packed(task, self._train).num_tokens,
+            "num_examples": len(held.train),
+            "num_documents": num_held,
+            "num_dialogues": num_held if are_dialogues(held.train) else 0,
+            "num_left_out": held.num_left_out,
+            "num_tokens": self._packed(task, held.train).num_tokens,
         }
 
     def _centroids(self, task: Task, tensors: Tensors, number: int) -> dict[str, Value]:
@@ -156,7 +203,8 @@ class Client:
                 "the method federated",
             )
         selection = self._with_own_encoder(task.selection, task.encoder)
-        summary = self._choice.told(selection, tensors, self._draw(task, number))
+        choice = self._fitting(task).choice
+        summary = choice.told(selection, tensors, self._draw(task, number))
         told = summary.counts[:, None] > 0
         return {
             "centroids": np.where(told, summary.centroids, np.float32(0)),
@@ -195,14 +243,14 @@ class Client:
 
     def _taken(self, task: Task, number: int) -> Examples:
         """The examples to train on: those that were chosen, or all."""
-        selection = task.selection
+        selection, held = task.selection, self._fitting(task)
         if selection is None or selection.method == "all":
-            return self._train
-        places = self._choice.taken(selection, task.counts, self._draw(task, task.choice))
+            return held.train
+        places = held.choice.taken(selection, task.counts, self._draw(task, task.choice))
         if not places:
             raise _RefusedError("nothing chosen", "expected examples that were chosen, found none")
-        self._choice.keep(number, places)
-        return examples_at(self._train, places)
+        held.choice.keep(number, places)
+        return examples_at(held.train, places)
 
     def _made(self, task: Task, tensors: Tensors, number: int) -> tuple[dict[str, Value], Shapes]:
         if task.training is None:
@@ -216,7 +264,7 @@ class Client:
         seed = derive_seed(task.seed, self.name, number)
         scores: dict[str, Value] = {}
         begun = time.monotonic()
-        if task.scored and self._held_out:
+        if task.scored and self._fitting(task).held_out:
             measured = self._scored(task, start, changes)
             scores[f"{task.scored}/nats_per_token"] = measured.nats_per_token
         scoring = time.monotonic() - begun
@@ -232,7 +280,7 @@ class Client:
             label=f"{self.name}, round {number}",
         )
         begun = time.monotonic()
-        if self._held_out:
+        if self._fitting(task).held_out:
             measured = self._scored(task, made, changes)
             scores["client/nats_per_token"] = measured.nats_per_token
             scores["num_scored"] = measured.num_tokens
@@ -254,7 +302,10 @@ class Client:
     def _own(self, task: Task, number: int) -> tuple[dict[str, Value], Shapes]:
         """Factors of the last round before this one that it trained in."""
         sent = _factors_in(self._kept(number), task.factors_sent)
-        return {**narrowed(sent, task.wire), "num_examples": len(self._train)}, _shapes(sent)
+        return {
+            **narrowed(sent, task.wire),
+            "num_examples": len(self._fitting(task).train),
+        }, _shapes(sent)
 
     def _scores(self, task: Task, tensors: Tensors, number: int) -> dict[str, Value]:
         if not task.scored:
@@ -265,7 +316,7 @@ class Client:
             f"{task.scored}/nats_per_token": measured.nats_per_token,
             f"{task.scored}/bits_per_byte": measured.bits_per_byte,
             "num_tokens": measured.num_tokens,
-            "num_documents": len(self._held_out),
+            "num_documents": len(self._fitting(task).held_out),
         }
 
     def _scored(self, task: Task, tensors: Tensors, changes: Mapping[str, Change]) -> Perplexity:
@@ -273,7 +324,7 @@ class Client:
             task.size,
             tensors,
             changes,
-            self._held_out,
+            self._fitting(task).held_out,
             window=task.window,
             prompt=task.prompt,
             label=f"{self.name}: held-out text",
@@ -281,8 +332,9 @@ class Client:
 
     def _packed(self, task: Task, examples: Examples) -> Rows:
         """Examples in rows; all of them are kept in rows, a choice is not."""
-        if examples is self._train and task.row_length in self._rows:
-            return self._rows[task.row_length]
+        whole, key = examples is self._fitting(task).train, (task.row_length, task.prompt)
+        if whole and key in self._rows:
+            return self._rows[key]
         rows = pack_examples(
             tokenizer_for(self._workplace.tokenizer, examples, task.prompt),
             examples,
@@ -290,8 +342,8 @@ class Client:
             seed=derive_seed(task.seed, self.name),
             num_positions=self._workplace.num_positions,
         )
-        if examples is self._train:
-            self._rows[task.row_length] = rows
+        if whole:
+            self._rows[key] = rows
         return rows
 
     def _completed(self, tensors: Mapping[str, Floats], number: int) -> Mapping[str, Floats]:

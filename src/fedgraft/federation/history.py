@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict
 from fedgraft.federation.message import Fault
 from fedgraft.noise import Spent
 
+Kind = Literal["documents", "dialogues"]
+"""What the clients of a federation have; of dialogues the answers are learned and scored."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +37,8 @@ class Part(_Record):
     refused: str | None = None
     """Why its update was not taken, in the server's words; None where it was."""
     num_examples: int = 0
+    num_left_out: int = 0
+    """Of its dialogues, those that are longer than a row; told once, with its sizes."""
     num_scored: int = 0
     """Tokens of its held-out text."""
     scores: dict[str, float] = {}
@@ -93,6 +98,9 @@ class History(_Record):
     """Content hash of the grafted model."""
     transport: str
     """`in process` or `flower`."""
+    examples: Kind = "documents"
+    left_out: dict[str, int] = {}
+    """Client -> dialogues that are longer than a row, and take no part."""
     rounds: tuple[Round, ...] = ()
     final: tuple[Part, ...] = ()
     """The last adapters, scored by every client."""

@@ -1,6 +1,6 @@
 """Rounds: clients train, the server aggregates, and the round is kept.
 
-    sizes      once: who is there, with which model and tokenizer
+    sizes      once: who is there, with which model and tokenizer, with documents or dialogues
     round      select ──> train ──> check ──> aggregate ──> write
                who, and   a question    each answer   a group at   rounds/0003/, whole or
                on what    to each       on its own    a time       not at all
@@ -14,6 +14,11 @@ that it made, so that a round is one exchange.
 With a selection there are two: each client tells the centroids of its examples' clusters, and then
 trains on so many examples of each as the server chose (`selection.coreset`), group by group. A
 client of which nothing is chosen is not asked to train; a group without any keeps its adapter.
+
+Who was not there at the beginning is asked again in the first round that it is sampled for: how
+much it has, and, where examples are chosen once, the question for centroids of that choice. Those
+who come late together choose among themselves; what was chosen before stays. Who still does not
+answer is named in that round.
 
 Below `out`:
 
@@ -41,7 +46,7 @@ from fedgraft.errors import FederationError, ReportError, SelectionError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
 from fedgraft.federation.choice import CENTRES
 from fedgraft.federation.hierarchy import Clusters, mix
-from fedgraft.federation.history import History, Part, Round, means
+from fedgraft.federation.history import History, Kind, Part, Round, means
 from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
 from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
 from fedgraft.federation.optimiser import stepped
@@ -177,7 +182,7 @@ class _Run:
     def everything(self) -> History:
         if finished := self._resume():
             return finished
-        self._ask_sizes()
+        self._check_departments(self._ask_sizes(self.plan.clients, 0))
         if not self.standings:
             self.standings = dict.fromkeys(self.plan.groups, Standing(adapters=self._fresh(0)))
         first = next(iter(self.standings.values()))
@@ -238,24 +243,61 @@ class _Run:
             self.workplace.close()
         return found
 
-    def _ask_sizes(self) -> None:
+    def _ask_sizes(self, names: Iterable[str], number: int) -> dict[str, Part]:
         """Find out who can take part; who cannot is named, and not asked again."""
-        names = self.plan.clients
         questions = {
-            name: Question(kind="sizes", round=0, phase="select", settings=self._task(name))
+            name: Question(kind="sizes", round=number, phase="select", settings=self._task(name))
             for name in names
         }
-        faults: dict[str, str] = {}
+        parts: dict[str, Part] = {}
+        kinds: dict[str, Kind] = {}
         for answer in self._asked(questions):
             part = self._part(answer, self._logged(answer, "select", {}))
+            parts[part.client] = part
             if part.fault in ("other model", "other tokenizer", "no data"):
                 self.excluded.add(part.client)
-            self.num_examples[part.client] = part.num_examples
-            if part.counted and _int(answer.payload, "num_documents") == part.num_examples:
-                self.unscored.add(part.client)
-            if not part.counted:
-                faults[part.client] = part.refused or FAULTS[part.fault or "failed"]
-            self.watch(Answered(round=0, phase="select", part=part))
+            if part.counted:
+                told = answer.payload
+                kinds[part.client] = "dialogues" if _int(told, "num_dialogues") else "documents"
+                self.num_examples[part.client] = part.num_examples
+                if _int(told, "num_documents") == part.num_examples:
+                    self.unscored.add(part.client)
+            self.watch(Answered(round=number, phase="select", part=part))
+        if kinds and not number and not self.history.rounds:
+            (most, _), *_ = Counter(sorted(kinds.values())).most_common()
+            self.history = self.history.model_copy(update={"examples": most})
+        for part in self._of_another_kind(parts, kinds):
+            parts[part.client] = part
+            self.excluded.add(part.client)
+            self.watch(Answered(round=number, phase="select", part=part))
+        left_out = {name: part.num_left_out for name, part in parts.items() if part.num_left_out}
+        left_out = {**self.history.left_out, **left_out}
+        self.history = self.history.model_copy(update={"left_out": left_out})
+        return parts
+
+    def _of_another_kind(
+        self, parts: Mapping[str, Part], kinds: Mapping[str, Kind]
+    ) -> Iterable[Part]:
+        """Refuse clients with dialogues among others with documents, or those among these.
+
+        What most have at the beginning is what the federation has: means over clients would
+        otherwise mix nats per token of answers and of text.
+        """
+        for name, kind in kinds.items():
+            if kind != self.history.examples:
+                refused = (
+                    f"client {name!r}: expected {self.history.examples}, as most clients have, "
+                    f"found {kind}; let it take part in a federation of its own"
+                )
+                yield parts[name].model_copy(update={"refused": refused})
+
+    def _check_departments(self, parts: Mapping[str, Part]) -> None:
+        """Raise FederationError where a department has nobody that can take part."""
+        faults = {
+            name: part.refused or FAULTS[part.fault or "failed"]
+            for name, part in parts.items()
+            if not part.counted
+        }
         for department, clients in self.plan.departments.items():
             if all(name in faults for name in clients):
                 listed = "\n".join(f"  {name}: {faults[name]}" for name in clients)
@@ -268,14 +310,13 @@ class _Run:
 
     def _round(self, number: int) -> None:
         clock = _Clock()
-        sampled = asked = self._sampled(number)
+        sampled = self._sampled(number)
+        absent = self._still_absent(sampled, number)
+        asked = [name for name in sampled if name not in absent]
         coreset = self._chosen(asked, number)
-        absent = (
-            {name: coreset.absent[name] for name in asked if name in coreset.absent}
-            if coreset
-            else {}
-        )
-        asked = [name for name in asked if coreset is None or coreset.of(name)]
+        if coreset:
+            absent |= {name: coreset.absent[name] for name in asked if name in coreset.absent}
+            asked = [name for name in asked if coreset.of(name)]
         started = self._start_of_newcomers(asked, number)
         clock.lap("select")
         incoming = self.out / f".incoming-{number:04d}"
@@ -333,6 +374,12 @@ class _Run:
             asked += rng.permutation(able)[:count].tolist()
         return sorted(asked)
 
+    def _still_absent(self, sampled: Iterable[str], number: int) -> dict[str, Part]:
+        """Ask those who never told how much they have; who still cannot take part, and why."""
+        unknown = [name for name in sampled if name not in self.num_examples]
+        parts = self._ask_sizes(unknown, number) if unknown else {}
+        return {name: part for name, part in parts.items() if not part.counted}
+
     def _start_of_newcomers(self, asked: Iterable[str], number: int) -> dict[str, Tensors]:
         """FedSA-LoRA: department -> the mean B of its clients, where somebody new will need it."""
         if self.plan.rule != "fedsa":
@@ -363,26 +410,33 @@ class _Run:
         return {department: dict(mean_b(updates)) for department, updates in found.items()}
 
     def _chosen(self, asked: Iterable[str], number: int) -> _Coreset | None:
-        """Which examples the clients of a round train on, None where they need no server for it."""
+        """Which examples the clients of a round train on, None where they need no server for it.
+
+        Chosen once, it is chosen from all clients, and later from those alone who were not there.
+        """
         selection = self.plan.selection
         if selection is None or selection.method == "all":
             return None
-        if self.coreset and not selection.every_round:
-            return replace(self.coreset, absent={})
-        names = [name for name in self.plan.clients if name not in self.excluded]
-        names = sorted(asked) if selection.every_round else sorted(names)
+        before = None if selection.every_round else self.coreset
+        of_choice = before.round if before else number
+        if before:
+            names = [name for name in asked if name not in before.taken]
+        elif selection.every_round:
+            names = list(asked)
+        else:
+            names = sorted(self.num_examples.keys() - self.excluded)
         absent: dict[str, Part] = {}
         if selection.method == "random":
-            summaries = {name: _uncut(self.num_examples.get(name, 0)) for name in names}
+            summaries = {name: _uncut(self.num_examples[name]) for name in names}
         else:
-            summaries, absent = self._summaries(names, number, selection)
-        taken: dict[str, tuple[int, ...]] = {}
+            summaries, absent = self._summaries(names, of_choice, selection)
+        taken = dict(before.taken) if before else {}
         for group, members in self.plan.groups.items():
             ours = {name: summaries[name] for name in members if name in summaries}
             seed = derive_seed(self.plan.seed, "choice", group, number)
             found = choose(ours, selection, seed=seed) if ours else {}
             taken |= {name: tuple(counts.tolist()) for name, counts in found.items()}
-        self.coreset = _Coreset(round=number, taken=taken, absent=absent)
+        self.coreset = _Coreset(round=of_choice, taken=taken, absent=absent)
         return self.coreset
 
     def _summaries(
@@ -638,6 +692,7 @@ class _Run:
             fault=answer.fault,
             refused=refused,
             num_examples=_int(given, "num_examples"),
+            num_left_out=_int(given, "num_left_out"),
             num_scored=_int(given, "num_scored" if answer.kind == "adapter" else "num_tokens"),
             scores=scores if answer.kind != "sizes" else {},
             loss=_float(given, "loss"),

@@ -156,6 +156,7 @@ def render_federation(result: Federation) -> str:
         result=result,
         tiles=list(_run_tiles(result)),
         finals=_final_rows(history),
+        scored=_scored(history),
         settings=list(flatten(result.settings)),
         **sections((together,), result.partition),
     )
@@ -173,7 +174,7 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         "several_seeds": len({one.seed for one in federations}) > 1,
         "partition": partition,
         "heat": heat(partition) if partition else [],
-        "held_in_words": "Documents of each client; a tenth or two of them are held out.",
+        "held_in_words": _held_in_words(federations, partition),
         "privacy": [
             (_name(one, federations), one.history.privacy)
             for one in federations
@@ -184,6 +185,19 @@ def sections(federations: Sequence[Together], partition: Holdings | None) -> dic
         "mixed": list(_mixed(federations)),
         "num_answers": sum(len(done.parts) for one in federations for done in one.history.rounds),
     }
+
+
+def _held_in_words(federations: Sequence[Together], partition: Holdings | None) -> str:
+    """What the table of who has what counts, and what of it takes no part."""
+    history = next((one.history for one in federations), None)
+    noun = history.examples if history else "documents"
+    sentences = [f"{noun.capitalize()} of each client; a tenth or two of them are held out."]
+    if partition and partition.num_duplicates:
+        sentences.append(f"{partition.num_duplicates:,} that say what others say were dropped.")
+    if history and history.left_out:
+        told = ", ".join(f"{name} {number:,}" for name, number in sorted(history.left_out.items()))
+        sentences.append(f"Longer than a row, and left out though counted here: {told}.")
+    return " ".join(sentences)
 
 
 def _departments(result: Departments) -> list[str]:
@@ -601,6 +615,10 @@ def _final_rows(history: History) -> list[tuple[str, list[tuple[str, str, str, s
     ]
 
 
+def _scored(history: History) -> str:
+    return "answers" if history.examples == "dialogues" else "text"
+
+
 def _run_tiles(result: Federation) -> Iterator[Tile]:
     """Perplexity of the last adapter against the graft; bytes and time."""
     means = result.history.final_means.get(ALL, {})
@@ -610,8 +628,8 @@ def _run_tiles(result: Federation) -> Iterator[Tile]:
         if before and (after := means.get(model)):
             yield Tile(
                 value=f"{100 * expm1(after.weighted - before.weighted):+.1f}%",
-                words=f"perplexity on held-out text, with the {model} adapter against the graft "
-                "alone",
+                words=f"perplexity on held-out {_scored(result.history)}, with the {model} "
+                "adapter against the graft alone",
                 colour=figures.GREEN,
             )
     up = sum(carried.bytes_up for carried in result.traffic.values())

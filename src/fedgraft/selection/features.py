@@ -241,14 +241,18 @@ def cached_features(
     place = folder / hash_json([inputs, settings]).removeprefix("sha256:")[:32]
     shape = (len(examples), len(layers), _width(model))
     if Record.read(place) is None:
-        with new_artefact(place, overwrite=True) as partial:
-            batches = feature_batches(
-                model, examples, encoding, batch_tokens=batch_tokens, label=label
-            )
-            _write(partial / CACHED, shape, batches)
-            Record.make(
-                "features", inputs=inputs, settings=settings, figures={"shape": shape}
-            ).write(partial)
+        try:
+            with new_artefact(place) as partial:
+                batches = feature_batches(
+                    model, examples, encoding, batch_tokens=batch_tokens, label=label
+                )
+                _write(partial / CACHED, shape, batches)
+                Record.make(
+                    "features", inputs=inputs, settings=settings, figures={"shape": shape}
+                ).write(partial)
+        except ArtefactError:
+            if Record.read(place) is None:  # else another one made it in the meantime
+                raise
     return _mapped(place / CACHED, shape)
 
 

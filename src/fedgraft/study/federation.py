@@ -9,15 +9,28 @@
     training: { num_tokens: 20_000, learning_rate: 1.0e-3, rank: 8, alpha: 16 }
 
 and whatever else `federation.plan.Settings` knows. Clients are named `hr-1`, `hr-2`, ...
+
+In place of `corpus` all departments may have `dialogues: [hr.jsonl]`: then answers are learned and
+scored. Not some of them: a mean over departments would mix nats per token of answers and of text.
 """
 
+import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedgraft.errors import FedgraftError, StudyError
 from fedgraft.federation.client import Client
@@ -26,11 +39,13 @@ from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Name, Plan, Settings
 from fedgraft.federation.rounds import HISTORY, LEDGER, Watch
 from fedgraft.federation.workplace import Workplace
+from fedgraft.models import open_tokenizer
 from fedgraft.study.material import (
-    Clients,
+    Owners,
     first_by_hash,
     hash_documents,
     shared_out,
+    split_dialogues,
     split_texts,
 )
 from fedgraft.study.result import ALL, RULE_WORDS, Federation, Holdings
@@ -38,16 +53,40 @@ from fedgraft.study.run import versions
 from fedgraft.study.study import Texts, faults_of, read_yaml, with_paths
 from fedgraft.study.together import holdings, traffic, train_together
 from fedgraft.text.corpus import Splits
+from fedgraft.text.dialogues import with_template
+from fedgraft.text.examples import Example
+
+log = logging.getLogger(__name__)
 
 
-class Member(BaseModel):
-    """A department in a federation file."""
+class Holder(BaseModel):
+    """Who has text: documents or dialogues, never both."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     corpus: tuple[str, ...] = ()
-    """May be left out where its clients are elsewhere."""
+    """Files and folders of documents."""
+    dialogues: tuple[str, ...] = ()
+    """JSONL of dialogues, or of Dolly's or Alpaca's instructions."""
     field: str = "text"
+    """Of the rows of a corpus."""
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "Holder":
+        if self.corpus and self.dialogues:
+            raise ValueError("expected either corpus or dialogues, found both; take one out")
+        return self
+
+    def split(self, kind: str, name: str) -> Splits[Example]:
+        """What it has, split. Raises as `material.split_texts` and `split_dialogues` do."""
+        if self.dialogues:
+            return split_dialogues(kind, name, self.dialogues)
+        return split_texts(kind, name, Texts(corpus=self.corpus, field=self.field))
+
+
+class Member(Holder):
+    """A department in a federation file; it may name no text where its clients are elsewhere."""
+
     num_clients: int = Field(default=1, ge=1)
 
 
@@ -58,10 +97,39 @@ class FederationFile(Settings):
     question: str = "What do the departments learn together?"
     model: str
     departments: dict[Name, Member] = Field(min_length=1)
+    partition: Partition = Partition()
+    """How a department's text is shared out among its clients, in this process."""
     max_documents: int | None = Field(default=None, gt=0)
     """Held-out documents that a client scores on at most, the first by hash."""
 
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("partition")
+    @classmethod
+    def _of_known_clients(cls, partition: Partition) -> Partition:
+        if twice := partition.model_fields_set & {"num_clients", "seed"}:
+            told = "num_clients of each department" if "num_clients" in twice else "the plan's seed"
+            raise ValueError(f"{sorted(twice)[0]} comes from {told}; take it out here")
+        if partition.name == "tasks" or (partition.name == "departments" and partition.field):
+            raise ValueError(
+                f"expected a partition into num_clients of each department, found {partition.name} "
+                f"by {partition.label_field}; take dirichlet, quantity or departments without field"
+            )
+        return partition
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "FederationFile":
+        kinds = {
+            kind: [name for name, member in self.departments.items() if getattr(member, kind)]
+            for kind in ("corpus", "dialogues")
+        }
+        if all(kinds.values()):
+            found = "; ".join(f"{kind} in {', '.join(names)}" for kind, names in kinds.items())
+            raise ValueError(
+                f"departments: expected a corpus in all or dialogues in all, found {found}; nats "
+                "per token of text and of answers have no common mean, so make two federations"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> "FederationFile":
@@ -93,7 +161,7 @@ class FederationFile(Settings):
     @property
     def plan(self) -> Plan:
         """Who takes part, by name, and how."""
-        own = {"question", "model", "departments", "max_documents"}
+        own = {"question", "model", "departments", "partition", "max_documents"}
         members = {
             department: numbered(department, member.num_clients)
             for department, member in self.departments.items()
@@ -102,21 +170,23 @@ class FederationFile(Settings):
         return Plan.model_validate(settings | {"departments": members})
 
 
-class ClientFile(BaseModel):
+class ClientFile(Holder):
     """What a machine of a department says of its client: `fedgraft federate serve`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     model: str
-    corpus: tuple[str, ...] = Field(min_length=1)
-    field: str = "text"
     state: Path
     """A folder of its own, for factors and clusters that it keeps."""
     encoder: str | None = None
     """Another model that compares its examples, where the federation's selection has one."""
     max_documents: int | None = Field(default=None, gt=0)
     """Held-out documents that it scores on at most, the first by hash."""
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "ClientFile":
+        if not self.corpus and not self.dialogues:
+            raise ValueError("expected either corpus or dialogues, found neither; name its text")
+        return self
 
     @classmethod
     def load(cls, file: str | Path, places: Mapping[str, Path]) -> "ClientFile":
@@ -127,14 +197,15 @@ class ClientFile(BaseModel):
         return cls.model_validate(content | {"state": state})
 
     def client(self) -> Client:
-        """The client, with its text read. Raises as `study.material.split_texts` does."""
-        splits = split_texts("client", self.name, Texts(corpus=self.corpus, field=self.field))
-        held_out = first_by_hash([*splits.validation, *splits.test], self.max_documents)
+        """The client, with its text read. Raises as `Holder.split` does."""
+        splits = _none_for_a_test(self.split("client", self.name))
+        if splits.num_duplicates:
+            log.warning("%s: %d copies were dropped", self.name, splits.num_duplicates)
         return Client(
             self.name,
             Workplace(self.model),
             splits.train,
-            held_out,
+            first_by_hash(splits.validation, self.max_documents),
             self.state,
             encoder=self.encoder,
         )
@@ -146,18 +217,18 @@ def numbered(department: str, num_clients: int) -> tuple[str, ...]:
     return tuple(f"{stem}-{number:0{width}}" for number in range(1, num_clients + 1))
 
 
-def load_clients(file: FederationFile) -> Clients:
-    """Read the text of every department and share it out.
+def load_departments(file: FederationFile) -> dict[str, Splits[Example]]:
+    """Read the text of every department.
 
     Nothing is kept for a test: what is held out is all for `validation`.
 
     Raises StudyError with the faults of all departments at once.
     """
-    splits: dict[str, dict[str, Splits]] = {}
+    splits: dict[str, Splits[Example]] = {}
     faults = []
     for name, member in file.departments.items():
         try:
-            splits[name] = _members(name, member, file.seed)
+            splits[name] = _read(name, member)
         except FedgraftError as error:
             faults.append(f"  {error}")
     if faults:
@@ -168,18 +239,48 @@ def load_clients(file: FederationFile) -> Clients:
     return splits
 
 
-def _members(name: str, member: Member, seed: int) -> dict[str, Splits]:
-    if not member.corpus:
-        raise StudyError(f"department {name}: expected a corpus, found none; name its text")
+def _read(name: str, member: Member) -> Splits[Example]:
+    if not member.corpus and not member.dialogues:
+        raise StudyError(
+            f"department {name}: expected a corpus or dialogues, found none; name its text"
+        )
     try:
-        found = split_texts("department", name, Texts(corpus=member.corpus, field=member.field))
+        return _none_for_a_test(member.split("department", name))
     except StudyError:
         raise
     except FedgraftError as error:
         raise StudyError(f"department {name}: {error}") from error
-    held_out = Splits(train=found.train, validation=(*found.validation, *found.test), test=())
-    partition = Partition(num_clients=member.num_clients)
-    return dict(shared_out({name: held_out}, partition, seed)[name])
+
+
+def _none_for_a_test(splits: Splits[Example]) -> Splits[Example]:
+    return replace(splits, validation=(*splits.validation, *splits.test), test=())
+
+
+def shared(file: FederationFile, departments: Mapping[str, Splits[Example]]) -> Owners:
+    """Share out what departments have among their clients, under the names of the plan.
+
+    Raises StudyError, with the faults of all departments at once, where a client has nothing to
+    train on or to be scored on.
+    """
+    found: dict[str, dict[str, Splits[Example]]] = {}
+    faults = []
+    for name, splits in departments.items():
+        names = numbered(name, file.departments[name].num_clients)
+        partition = Partition.model_validate(
+            file.partition.model_dump(exclude_unset=True) | {"num_clients": len(names)}
+        )
+        try:
+            ours = shared_out({name: splits}, partition, file.seed)[name]
+        except StudyError as error:
+            faults.append(f"  {error}")
+        else:
+            found[name] = dict(zip(names, ours.values(), strict=True))
+    if faults:
+        raise StudyError(
+            f"{file.name}: found {len(faults)} departments that cannot be shared out:\n"
+            + "\n".join(faults)
+        )
+    return found
 
 
 def run(file: FederationFile, out: Path, *, watch: Watch = lambda _: None) -> Federation:
@@ -187,10 +288,14 @@ def run(file: FederationFile, out: Path, *, watch: Watch = lambda _: None) -> Fe
 
     The same call on the same `out` goes on after the last whole round.
 
-    Raises StudyError for text that cannot take part, and as `run_rounds` does.
+    Raises StudyError for text that cannot take part, DialogueError for dialogues that the model
+    has no template for, and as `run_rounds` does.
     """
     started = time.monotonic()
-    clients = load_clients(file)
+    departments = load_departments(file)
+    clients = shared(file, departments)
+    if any(member.dialogues for member in file.departments.values()):
+        with_template(open_tokenizer(file.model), file.prompt)
     train_together(
         Path(file.model), clients, file.plan, out, max_documents=file.max_documents, watch=watch
     )
@@ -199,7 +304,11 @@ def run(file: FederationFile, out: Path, *, watch: Watch = lambda _: None) -> Fe
         file,
         out,
         time.monotonic() - started,
-        partition=holdings(clients, Partition()),
+        partition=holdings(
+            clients,
+            file.partition,
+            num_duplicates=sum(split.num_duplicates for split in departments.values()),
+        ),
         inputs={"training text": hash_documents(*texts)},
     )
 
@@ -251,10 +360,21 @@ def verdict(history: History) -> str:
         f"{len(history.rounds)} rounds of {len({p.client for p in history.final})} clients "
         f"in {len(departments)} departments, by {words.get(rule, rule)}."
     ]
-    if told:
+    if left_out := sum(history.left_out.values()):
         sentences.append(
-            f"The shared adapter predicts the held-out text of {better} of {len(told)} departments "
-            f"better than the graft alone (nats per token: {', '.join(told)})."
+            f"{left_out} dialogues of {', '.join(sorted(history.left_out))} are longer than a row "
+            f"of {history.plan.get('row_length')} tokens and were left out."
+        )
+    if told:
+        text = "answers" if history.examples == "dialogues" else "text"
+        sentences.append(
+            f"The shared adapter predicts the held-out {text} of {better} of {len(told)} "
+            f"departments better than the graft alone (nats per token: {', '.join(told)})."
+        )
+    if kept := [done.number for done in history.rounds if done.kept]:
+        sentences.append(
+            f"In {len(kept)} of {len(history.rounds)} rounds an adapter stayed as it was, for the "
+            "reasons below."
         )
     lost = sum(not part.counted for done in history.rounds for part in done.parts)
     sentences.append(f"{lost} answers did not count." if lost else "Every answer was taken.")

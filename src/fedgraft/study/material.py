@@ -1,6 +1,6 @@
 """What the models of a study read and are asked: its texts, split, and its questions.
 
-corpus of a department -- split by hash --> train | validation | test
+text of a department ---- split by hash --> train | validation | test
         |                                     |         |         |
         +-- partition --> client 1 of it    its own part of each
                           client 2 ...
@@ -15,21 +15,26 @@ from fedgraft.evaluation.knowledge import Question, load_questions
 from fedgraft.federation.partition import Partition
 from fedgraft.provenance import derive_seed, hash_json
 from fedgraft.study.study import Scored, Study, Texts
-from fedgraft.text.corpus import Corpus, Document, Splits
+from fedgraft.text.corpus import Corpus, Document, Splits, split
 from fedgraft.text.dialogues import Dialogue, load_dialogues
+from fedgraft.text.examples import Example
+from fedgraft.text.tasks import load_instructions
 
 _Asked = TypeVar("_Asked", Dialogue, Question)
-Clients = Mapping[str, Mapping[str, Splits]]
+_Example = TypeVar("_Example", bound=Example)
+Clients = Mapping[str, Mapping[str, Splits[Document]]]
 """Department -> its clients -> the documents of each."""
+Owners = Mapping[str, Mapping[str, Splits[Example]]]
+"""Department -> its clients -> the documents of each, or the dialogues."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
     """Everything that the models of a study read or are scored on."""
 
-    splits: dict[str, Splits]
+    splits: dict[str, Splits[Document]]
     """By department; the models of a study read all of them."""
-    domains: dict[str, Splits]
+    domains: dict[str, Splits[Document]]
     """Texts that models of their own read, see `study.forgetting`."""
     replay: tuple[Document, ...]
     validation_dialogues: tuple[Dialogue, ...]
@@ -78,18 +83,20 @@ class Material:
         return {name: first_by_hash(split.test, limit) for name, split in self.splits.items()}
 
 
-def hash_documents(*parts: Iterable[Document]) -> str:
-    """Hash of documents in their order, part by part."""
-    return hash_json([[document.hash for document in part] for part in parts])
+def hash_documents(*parts: Iterable[Example]) -> str:
+    """Hash of documents, or dialogues, in their order, part by part."""
+    return hash_json([[example.hash for example in part] for part in parts])
 
 
-def first_by_hash(documents: Iterable[Document], limit: int | None) -> list[Document]:
-    """At most so many documents, chosen by their text alone."""
-    return sorted(documents, key=lambda document: document.hash)[:limit]
+def first_by_hash(examples: Iterable[_Example], limit: int | None) -> list[_Example]:
+    """At most so many documents, or dialogues, chosen by what they say alone."""
+    return sorted(examples, key=lambda example: example.hash)[:limit]
 
 
-def shared_out(departments: Mapping[str, Splits], partition: Partition, seed: int) -> Clients:
-    """Give the documents of each department to its clients; a document stays in its part.
+def shared_out(
+    departments: Mapping[str, Splits[_Example]], partition: Partition, seed: int
+) -> dict[str, dict[str, Splits[_Example]]]:
+    """Give the documents, or dialogues, of each department to its clients; each stays in its part.
 
     A client of `departments` is named `hr-1`, those of other partitions by their own last name,
     such as `hr-2` or `hr-translation`.
@@ -100,7 +107,7 @@ def shared_out(departments: Mapping[str, Splits], partition: Partition, seed: in
     seeded = partition.model_copy(update={"seed": derive_seed(seed, "clients", partition.seed)})
     clients = {name: _parted(name, split, seeded) for name, split in departments.items()}
     faults = [
-        f"  {client}: no document for {part}, of {len(splits.train)} for train, "
+        f"  {client}: nothing for {part}, of {len(splits.train)} for train, "
         f"{len(splits.validation)} for validation"
         for members in clients.values()
         for client, splits in members.items()
@@ -109,53 +116,81 @@ def shared_out(departments: Mapping[str, Splits], partition: Partition, seed: in
     ]
     if faults:
         raise StudyError(
-            "expected documents to train on and to hold out for each client (about a tenth is held "
+            "expected examples to train on and to hold out for each client (about a tenth is held "
             f"out), found {len(faults)} without; ask for fewer clients or add text:\n"
             + "\n".join(faults)
         )
     return clients
 
 
-def _parted(department: str, splits: Splits, partition: Partition) -> dict[str, Splits]:
-    documents = [*splits.train, *splits.validation, *splits.test]
-    fields: dict[str, list[str | None]] = {"department": [department] * len(documents)}
+def _parted(
+    department: str, splits: Splits[_Example], partition: Partition
+) -> dict[str, Splits[_Example]]:
+    examples = [*splits.train, *splits.validation, *splits.test]
+    fields: dict[str, list[str | None]] = {"department": [department] * len(examples)}
     field = partition.label_field
     if field and field != "department":
-        fields = {field: [document.facts.get(field) for document in documents]}
+        fields = {field: [label_of(example, field) for example in examples]}
     try:
-        places = partition.clients(fields, ids=[document.hash for document in documents])
+        places = partition.clients(fields, ids=[example.hash for example in examples])
     except FederationError as error:
         raise StudyError(f"department {department}: {error}") from error
     own = department if partition.label_field == "department" else ""
     members = {
         client if own else f"{department}-{client.removeprefix('client-')}": {
-            documents[place].hash for place in chosen
+            examples[place].hash for place in chosen
         }
         for client, chosen in places.items()
     }
     return {
         client: Splits(
-            train=tuple(d for d in splits.train if d.hash in ours),
-            validation=tuple(d for d in splits.validation if d.hash in ours),
-            test=tuple(d for d in splits.test if d.hash in ours),
+            train=tuple(one for one in splits.train if one.hash in ours),
+            validation=tuple(one for one in splits.validation if one.hash in ours),
+            test=tuple(one for one in splits.test if one.hash in ours),
         )
         for client, ours in members.items()
     }
 
 
-def split_texts(kind: str, name: str, texts: Texts) -> Splits:
+def label_of(example: Example, field: str) -> str | None:
+    """What a document's source, or a dialogue, says of a field, such as its group."""
+    if isinstance(example, Document):
+        return example.facts.get(field)
+    return {"group": example.group or None, "department": example.department}.get(field)
+
+
+def split_texts(kind: str, name: str, texts: Texts) -> Splits[Document]:
     """The text of a department or a domain, split.
 
     Raises CorpusError for what cannot be read, StudyError for too little to hold some out.
     """
-    split = load_texts(texts, name).split()
-    empty = [part for part in ("train", "validation", "test") if not getattr(split, part)]
+    return _checked(kind, name, load_texts(texts, name).split(), "documents")
+
+
+def split_dialogues(kind: str, name: str, files: Iterable[str]) -> Splits[Dialogue]:
+    """The dialogues of a department, split as documents are; copies are dropped.
+
+    One that ends with a question, and has no answer before, is answered by its first reference.
+
+    Raises as `load_instructions` for what cannot be read, DialogueError for a dialogue without any
+    answer, StudyError for too few to hold some out.
+    """
+    dialogues = [
+        one if any(turn.role == "assistant" for turn in one.messages) else one.answered()
+        for file in files
+        for one in load_instructions(file)
+    ]
+    return _checked(kind, name, split(dialogues), "dialogues")
+
+
+def _checked(kind: str, name: str, splits: Splits[_Example], noun: str) -> Splits[_Example]:
+    empty = [part for part in ("train", "validation", "test") if not getattr(splits, part)]
     if empty:
         raise StudyError(
-            f"{kind} {name}: expected enough documents to hold some out, found none for "
-            f"{' and '.join(empty)}; add documents"
+            f"{kind} {name}: expected enough {noun} to hold some out, found none for "
+            f"{' and '.join(empty)}; add {noun}"
         )
-    return split
+    return splits
 
 
 def load_texts(texts: Texts, department: str | None = None) -> Corpus:

@@ -311,13 +311,15 @@ class Holding(_Record):
 
 
 class Holdings(_Record):
-    """Which client has how many documents of what."""
+    """Which client has how many documents, or dialogues, of what."""
 
     words: str
     labels: tuple[str, ...]
     clients: tuple[Holding, ...]
     skew: float
     """How far labels differ between clients; see `federation.partition.Summary`."""
+    num_duplicates: int = 0
+    """Dropped beforehand, since others say the same."""
 
 
 class _Written(_Record):

@@ -101,8 +101,8 @@ from fedgraft.text.dialogues import (
     short_enough,
     with_template,
 )
-from fedgraft.text.examples import are_dialogues, hash_examples
-from fedgraft.text.tasks import load_examples, load_tasks, task_names
+from fedgraft.text.examples import hash_examples
+from fedgraft.text.tasks import load_instructions, load_tasks, task_names
 from fedgraft.training.adapter import merge_adapter, open_adapted
 from fedgraft.training.settings import PretrainSettings
 from fedgraft.weights.checkpoint import Checkpoint
@@ -278,10 +278,7 @@ def load_source(source: Source) -> tuple[Dialogue, ...]:
         names = [name for name in task_names(file, source.part) if name in here]
         dialogues = load_tasks(file, names)
     else:
-        found = load_examples(file)
-        if not are_dialogues(found):
-            raise StudyError(f"{file}: expected dialogues or instructions, found documents")
-        dialogues = tuple(found)
+        dialogues = load_instructions(file)
     kept = [
         dialogue
         for dialogue in dialogues

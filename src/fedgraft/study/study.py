@@ -430,7 +430,7 @@ def with_paths(
                 return {name: resolve(one, "model") for name, one in value.items()}
             case dict():
                 return {name: resolve(one, name) for name, one in value.items()}
-            case tuple() | list() if key == "corpus":
+            case tuple() | list() if key in ("corpus", "dialogues"):
                 return tuple(find(one) for one in value)
             case str() if key in MODELS:
                 return find(value, model=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
 from fedgraft.federation.client import Client
-from fedgraft.federation.history import History
+from fedgraft.federation.history import History, Kind
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.partition import Partition, summarise
@@ -34,10 +34,11 @@ from fedgraft.models import open_model
 from fedgraft.progress import progress
 from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.cost import training_flops
-from fedgraft.study.material import Clients, first_by_hash, hash_documents
+from fedgraft.study.material import Clients, Owners, first_by_hash, hash_documents, label_of
 from fedgraft.study.result import NATS, Carried, Holding, Holdings, Scored, ScoredModel, Together
 from fedgraft.study.run import Run
 from fedgraft.study.stage import run_stage
+from fedgraft.text.examples import are_dialogues
 from fedgraft.training.adapter import merge_adapter, open_adapted, write_adapter
 
 STATES = "clients"
@@ -49,7 +50,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def train_together(
     model: Path,
-    clients: Clients,
+    clients: Owners,
     plan: Plan,
     out: Path,
     *,
@@ -61,7 +62,7 @@ def train_together(
     Args:
         clients: They train on `train` and score adapters on `validation`; `test` is not touched.
         out: Of `run_rounds`; what clients keep is in `clients` below it.
-        max_documents: Held-out documents that a client scores on at most.
+        max_documents: Held-out documents, or dialogues, that a client scores on at most.
 
     Raises as `run_rounds` does.
     """
@@ -93,26 +94,32 @@ def traffic(ledger: Path) -> dict[str, Carried]:
     }
 
 
-def holdings(clients: Clients, partition: Partition) -> Holdings:
-    """Count the documents of every client by what the partition looks at."""
-    documents = {
+def holdings(clients: Owners, partition: Partition, *, num_duplicates: int = 0) -> Holdings:
+    """Count the documents, or dialogues, of every client by what the partition looks at.
+
+    Args:
+        num_duplicates: How many were dropped before, since others say the same.
+    """
+    examples = {
         name: [*splits.train, *splits.validation, *splits.test]
         for ours in clients.values()
         for name, splits in ours.items()
     }
     owners = {name: department for department, ours in clients.items() for name in ours}
-    field = partition.label_field
-    by_field = field is not None and field != "department"
+    field = partition.label_field or "department"
     labels = {
-        name: [one.facts.get(field or "") if by_field else owners[name] for one in ours]
-        for name, ours in documents.items()
+        name: [owners[name] if field == "department" else label_of(one, field) for one in ours]
+        for name, ours in examples.items()
     }
     sizes = {
         name: (len(split.train), len(split.validation))
         for ours in clients.values()
         for name, split in ours.items()
     }
-    return counted(_in_words(partition), labels, owners, sizes)
+    dialogues = any(are_dialogues(ours) for ours in examples.values())
+    words = _in_words(partition, "dialogues" if dialogues else "documents")
+    found = counted(words, labels, owners, sizes)
+    return found.model_copy(update={"num_duplicates": num_duplicates})
 
 
 def counted(
@@ -152,20 +159,20 @@ def counted(
     )
 
 
-def _in_words(partition: Partition) -> str:
+def _in_words(partition: Partition, noun: Kind) -> str:
     match partition.name:
         case "departments" | "iid":
-            return "each department's documents, cut at random into clients of equal size"
+            return f"each department's {noun}, cut at random into clients of equal size"
         case "tasks":
             return f"a client for each {partition.label_field} of a department"
         case "quantity":
             return (
-                "each department's documents, cut at random; client k has a share in proportion "
+                f"each department's {noun}, cut at random; client k has a share in proportion "
                 f"to k^-{partition.exponent:g}"
             )
         case "dirichlet":
             return (
-                f"each {partition.field} of a department's documents, shared out by a draw from "
+                f"each {partition.field} of a department's {noun}, shared out by a draw from "
                 f"Dirichlet({partition.alpha:g})"
             )
 

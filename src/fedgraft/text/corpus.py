@@ -13,11 +13,11 @@ stops the load with its place.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -28,6 +28,7 @@ from fedgraft.text.cleaning import Cleaning, Count, Tally, clean
 from fedgraft.text.sources import (
     SUFFIXES,
     Document,
+    Hashed,
     Part,
     check_shares,
     documents,
@@ -47,18 +48,43 @@ __all__ = [
 ]
 
 _Line = TypeVar("_Line", bound=BaseModel)
+_Hashed = TypeVar("_Hashed", bound=Hashed)
+_Example = TypeVar("_Example", covariant=True)
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 BROKEN = "broken.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Splits:
-    """Documents by what they are for; no document is in two of them."""
+class Splits(Generic[_Example]):
+    """Documents, or dialogues, by what they are for; none is in two of them."""
 
-    train: tuple[Document, ...]
-    validation: tuple[Document, ...]
-    test: tuple[Document, ...]
+    train: tuple[_Example, ...]
+    validation: tuple[_Example, ...]
+    test: tuple[_Example, ...]
+    num_duplicates: int = 0
+    """How many were dropped because an earlier one says the same."""
+
+
+def split(
+    examples: Iterable[_Hashed], *, validation: float = 0.1, test: float = 0.1
+) -> Splits[_Hashed]:
+    """Split by hash: an example's place depends on what it says and the shares alone.
+
+    Raises CorpusError where the shares leave nothing for training.
+    """
+    check_shares(validation, test)
+    parts: dict[Part, dict[str, _Hashed]] = {"train": {}, "validation": {}, "test": {}}
+    num_read = 0
+    for example in examples:
+        num_read += 1
+        parts[split_of(example, validation=validation, test=test)].setdefault(example.hash, example)
+    return Splits(
+        train=tuple(parts["train"].values()),
+        validation=tuple(parts["validation"].values()),
+        test=tuple(parts["test"].values()),
+        num_duplicates=num_read - sum(map(len, parts.values())),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,20 +123,10 @@ class Corpus:
             department=department,
         )
 
-    def split(self, *, validation: float = 0.1, test: float = 0.1) -> Splits:
-        """Split by document hash: a document's place depends on its text and the shares alone.
-
-        Raises CorpusError where the shares leave nothing for training.
-        """
-        check_shares(validation, test)
-        parts: dict[Part, list[Document]] = {"train": [], "validation": [], "test": []}
-        for document in self.documents:
-            parts[split_of(document, validation=validation, test=test)].append(document)
-        return Splits(
-            train=tuple(parts["train"]),
-            validation=tuple(parts["validation"]),
-            test=tuple(parts["test"]),
-        )
+    def split(self, *, validation: float = 0.1, test: float = 0.1) -> Splits[Document]:
+        """Its documents, as `split` says."""
+        found = split(self.documents, validation=validation, test=test)
+        return replace(found, num_duplicates=self.num_duplicates)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

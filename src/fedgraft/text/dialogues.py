@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from fedgraft.errors import DialogueError
+from fedgraft.provenance import hash_json
 from fedgraft.text.corpus import load_lines
 from fedgraft.text.packing import IGNORED, Rows, pack_pieces
 
@@ -84,6 +85,12 @@ class Dialogue(BaseModel):
     """Answers in full, any of which would do: what Rouge-L compares with."""
     group: str = ""
     """What the dialogue counts towards in the scores, e.g. `old` or `new` facts."""
+
+    @property
+    def hash(self) -> str:
+        """Hash of its turns alone: what is said in the same words is the same dialogue."""
+        turns = [message.model_dump() for message in self.messages]
+        return hash_json(turns).removeprefix("sha256:")
 
     @property
     def given_answers(self) -> tuple[str, ...]:

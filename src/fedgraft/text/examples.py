@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from fedgraft.provenance import hash_json
 from fedgraft.text.corpus import Document
-from fedgraft.text.dialogues import Dialogue, Template, encode, pack_dialogues, with_template
+from fedgraft.text.dialogues import (
+    Dialogue,
+    Template,
+    encode,
+    pack_dialogues,
+    short_enough,
+    with_template,
+)
 from fedgraft.text.packing import Rows, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Examples = Sequence[Document] | Sequence[Dialogue]
+Example = Document | Dialogue
+Examples = Sequence[Example]
+"""All documents or all dialogues: the first one tells."""
 
 
 def are_dialogues(examples: Examples) -> TypeGuard[Sequence[Dialogue]]:
@@ -40,6 +49,18 @@ def examples_at(examples: Examples, places: Sequence[int]) -> Examples:
         return [examples[place] for place in places]
     assert are_documents(examples)
     return [examples[place] for place in places]
+
+
+def fitting(
+    tokenizer: "PreTrainedTokenizerBase", examples: Examples, row_length: int
+) -> tuple[Examples, int]:
+    """The examples that fit a row, and how many do not: see `short_enough`. A document always does.
+
+    Raises DialogueError as `dialogues.encode` does.
+    """
+    return (
+        short_enough(tokenizer, examples, row_length) if are_dialogues(examples) else (examples, 0)
+    )
 
 
 def pack_examples(

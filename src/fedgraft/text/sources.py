@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import zstandard
 
@@ -75,13 +75,20 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def split_of(document: Document, *, validation: float = 0.1, test: float = 0.1) -> Part:
-    """The split a document belongs to: it depends on its text and the shares alone.
+class Hashed(Protocol):
+    """A document or a dialogue: it has a hash of what it says alone."""
+
+    @property
+    def hash(self) -> str: ...
+
+
+def split_of(example: Hashed, *, validation: float = 0.1, test: float = 0.1) -> Part:
+    """The split an example belongs to: it depends on what it says and the shares alone.
 
     Raises CorpusError where the shares leave nothing for training.
     """
     check_shares(validation, test)
-    place = int(document.hash[:8], 16) / 2**32
+    place = int(example.hash[:8], 16) / 2**32
     if place < test:
         return "test"
     return "validation" if place < test + validation else "train"

@@ -34,6 +34,7 @@ from pydantic import (
 from fedgraft.errors import CorpusError, DialogueError
 from fedgraft.text.corpus import load_lines, read_json_lines
 from fedgraft.text.dialogues import Dialogue, Message, Phrase, load_dialogues
+from fedgraft.text.examples import are_dialogues
 from fedgraft.text.sources import Document, documents
 
 Stripped = Annotated[
@@ -180,6 +181,20 @@ def load_examples(path: str | Path) -> tuple[Dialogue, ...] | tuple[Document, ..
         f"`response`) or a document (`text`), found the fields {', '.join(first) or 'none'}; "
         "rename them"
     )
+
+
+def load_instructions(path: str | Path) -> tuple[Dialogue, ...]:
+    """Read a JSONL file of dialogues, or of Dolly's or Alpaca's instructions.
+
+    Raises as `load_examples`, and DialogueError for a file of documents.
+    """
+    found = load_examples(path)
+    if not are_dialogues(found):
+        raise DialogueError(
+            f"{path}: expected dialogues (`messages`) or instructions (`instruction`, `response`), "
+            "found documents"
+        )
+    return tuple(found)
 
 
 def _load_documents(file: Path) -> tuple[Document, ...]:
