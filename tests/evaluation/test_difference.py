@@ -154,8 +154,19 @@ def test_models_that_were_asked_other_examples_are_not_compared() -> None:
 
 def test_seeds_that_do_not_pair_are_not_compared() -> None:
     cards = [card([1.0, 0.0])] * 3
-    with pytest.raises(EvaluationError, match="one for each of 3 seeds, found 2"):
+    with pytest.raises(
+        EvaluationError, match="the same seeds of both, or one for all of them, found 3 and 2"
+    ):
         difference(NAME, cards, cards[:2])
+
+
+def test_one_card_for_all_seeds_may_stand_on_either_side() -> None:
+    seeds = [card([1.0, 0.0, 1.0, share]) for share in (0.1, 0.5, 0.8)]
+    alone = card([0.0, 0.0, 1.0, 0.0])
+    ahead, behind = difference(NAME, seeds, [alone]), difference(NAME, [alone], seeds)
+    assert behind.value == pytest.approx(-ahead.value)
+    assert behind.num_seeds == ahead.num_seeds == 3
+    assert (behind.low, behind.high) == pytest.approx((-ahead.high, -ahead.low), abs=0.05)
 
 
 def test_one_example_tells_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from statistics import fmean, stdev
 
+from tests.evaluation.cards import card as card_of
+
 from fedgraft.evaluation.gate import decide
 from fedgraft.evaluation.scorecard import (
     FOLLOWED,
@@ -31,6 +33,7 @@ from fedgraft.study.result import (
     AdapterResult,
     ArmResult,
     Carried,
+    Comparison,
     CurvePoint,
     Departments,
     DomainResult,
@@ -47,6 +50,7 @@ from fedgraft.study.result import (
     Summary,
     Together,
     Way,
+    WayCompared,
 )
 from fedgraft.study.result import NATS as RESULT_NATS
 
@@ -289,6 +293,7 @@ def example_forgetting(seeds: tuple[int, ...] = (1, 2, 3)) -> Forgetting:
             )
             for name, nats in shifts.items()
         ),
+        comparisons=tuple(WayCompared(way=way, comparisons=told_apart(way)) for way in ways),
         residual={"num_parameters": 2_360_000, "relative_norm": 0.1731},
         losses=losses,
         learning_rates=rates,
@@ -296,6 +301,17 @@ def example_forgetting(seeds: tuple[int, ...] = (1, 2, 3)) -> Forgetting:
         settings={"pretrain": {"learning_rate": 4e-4}, "seeds": list(seeds)},
         inputs={"base": "sha256:" + "1a" * 32},
         versions={"fedgraft": "0.1.0", "torch": "2.13.0"},
+    )
+
+
+def told_apart(way: Way) -> tuple[Comparison, ...]:
+    """Forty prompts of three arms after the most tokens; S1 follows fewer the higher the rate."""
+    followed = {"instruct": 38, "graft": 36, "s1": round(36 - 5e4 * way.learning_rate)}
+    return compare(
+        {
+            arm: [card_of([1.0] * right + [0.0] * (40 - right), arm=arm, name=FOLLOWED)]
+            for arm, right in followed.items()
+        }
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.report.example import example_forgetting
-from tests.report.pages import only_sorts
+from tests.report.pages import after, only_sorts
 from tests.report.test_page import text_of
 
 from fedgraft.evaluation.scorecard import FOLLOWED
@@ -90,6 +90,30 @@ def test_a_score_that_no_arm_has_gets_no_section() -> None:
     text = text_of(render(result))
     assert "New facts, in figures" not in text
     assert "Old facts, in figures" in text
+
+
+def test_the_arms_of_each_way_are_compared_in_words(page: str) -> None:
+    text = part(text_of(page), "Compared, example by example", "What a point of following costs")
+    assert "After 400k tokens. Both models of a pair answered the same examples" in text
+    for title in ("Learning rate 0.0002, no replay", "Learning rate 0.0004, replay 30%"):
+        assert title in text
+    row = text[text.index("Learning rate 0.0004, no replay prompts followed in full") :]
+    assert "▲ better by 50.0 points (" in row
+    assert "cannot be told apart (" in row
+
+
+def test_a_click_sorts_the_rows_below_the_title_of_each_part(page: str, tmp_path: Path) -> None:
+    click = "document.querySelectorAll('thead th')[1].click();"
+    before, by_s1 = (table(after(page, click * n, tmp_path)) for n in (0, 1))
+    titles = [place for place, row in enumerate(before) if "earning rate" in row]
+    assert [by_s1[place] for place in titles] == [before[place] for place in titles]
+    assert by_s1 != before
+
+
+def table(page: str) -> list[str]:
+    """The rows of the first table."""
+    body = page[page.index("<tbody") : page.index("</table>")]
+    return [text_of(row) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)]
 
 
 def test_domains_stand_nearest_first_with_what_they_cost(page: str) -> None:

@@ -10,8 +10,7 @@ from tests.report.pages import only_sorts
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Example, Score, Scorecard
 from fedgraft.report.page import render, write_report
-from fedgraft.study.comparison import summarise
-from fedgraft.study.lineage import against
+from fedgraft.study.comparison import compare, summarise
 from fedgraft.study.result import ArmResult, Forecast, Lineages, Made
 
 TEXT = "perplexity/hr/nats_per_token"
@@ -58,7 +57,9 @@ def result(*, lines: bool = True, without: str = "", **changes: Any) -> Lineages
         summary=summarise(one for found in cards.values() for one in found),
         score=FOLLOWED,
         against="graft",
-        compared=against(cards, "graft", (1, 2, 3)),
+        comparisons=compare(
+            cards, [(arm, "graft") for arm in VALUES if arm != "graft"], score=FOLLOWED
+        ),
         axis="dialogues tuned on",
         lines={"S2": ((10.0, "few"), (1000.0, "many"))} if lines else {},
         forecasts=tuple(
@@ -100,6 +101,11 @@ def row(page: str, name: str, place: int = 0) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub("<[^>]+>", " ", ours[place])))
 
 
+def part(page: str, start: str, end: str) -> str:
+    begin = page.index(start)
+    return page[begin : page.index(end, begin)]
+
+
 def test_the_same_result_gives_the_same_page(page: str, tmp_path: Path) -> None:
     result().write(tmp_path)
     assert write_report(tmp_path).read_text(encoding="utf-8") == page
@@ -115,10 +121,33 @@ def test_what_a_file_says_is_text_and_never_markup(page: str) -> None:
     assert "graft &amp; co" in page
 
 
-def test_each_model_is_told_with_its_difference_and_whether_it_is_told_apart(page: str) -> None:
-    assert row(page, "instruct") == "instruct what instruct is +8.0 ± 0.6 points yes "
-    assert row(page, "few") == "few what few is -30.0 ± 0.0 points yes "
-    assert row(page, "graft").strip() == "graft what graft is"
+def test_each_model_is_compared_with_the_one_that_the_study_names(page: str) -> None:
+    told = part(page, "Compared, example by example", "Score by score")
+    assert "Each model against graft. Both models of a pair answered the same examples" in told
+    assert "over examples and 3 seeds" in told
+    assert re.match(r"instruct ▲ better by 8.0 points \(\d", row(told, "instruct"))
+    assert re.match(r"few ▼ worse by 30.0 points \(\d", row(told, "few"))
+    assert row(told, "many").count("the same") == 4  # text, two kinds of answers, MMLU
+    assert '<td class="name">graft' not in told
+
+
+def test_the_differences_are_drawn_with_their_unit_and_what_it_means(page: str) -> None:
+    drawn = part(page, "How far apart, and how sure", "Score by score")
+    assert "difference, points" in drawn
+    assert "Right of zero the first of the two is better." in drawn
+    losses = [c for c in result().comparisons if c.score == TEXT]
+    told = render(result(score=TEXT, comparisons=tuple(losses)))
+    drawn = part(told, "How far apart, and how sure", "Score by score")
+    assert "difference, nats" in drawn
+    assert "Left of zero the first of the two is better." in drawn
+
+
+def test_what_was_not_scored_in_one_arm_is_missing_among_the_comparisons() -> None:
+    told = part(render(result(without="few")), "Compared, example by example", "Score by score")
+    assert row(told, "few").startswith("few missing")
+    assert "few missing" not in row(told, "many")
+    drawn = told[told.index("How far apart") :]
+    assert "prompts followed in full, against graft missing" in drawn
 
 
 def test_lines_are_drawn_over_their_axis_beside_the_other_models(page: str) -> None:
@@ -152,7 +181,7 @@ def test_benchmarks_stand_in_the_table_and_their_subjects_beside_it(page: str) -
 
 
 def test_a_forecast_stands_beside_what_came_of_it(page: str) -> None:
-    told = row(page, "graft", 3)
+    told = row(page, "graft", 2)
     for words in (
         *("instruct - base on newer", "16.5%", "missing", "15.0%", "9.4%"),
         *("should hold, either way", "90%, 90%"),
@@ -161,7 +190,7 @@ def test_a_forecast_stands_beside_what_came_of_it(page: str) -> None:
 
 
 def test_it_is_said_how_each_model_was_made(page: str) -> None:
-    assert row(page, "graft", 4) == "graft base, instruct plus 1 x (instruct - base) "
+    assert row(page, "graft", 3) == "graft base, instruct plus 1 x (instruct - base) "
 
 
 def test_dialogues_that_were_left_out_are_counted(page: str) -> None:
@@ -170,5 +199,6 @@ def test_dialogues_that_were_left_out_are_counted(page: str) -> None:
 
 
 def test_without_a_reference_nothing_is_compared() -> None:
-    shown = render(result(against=None, compared=()))
+    shown = render(result(against=None, comparisons=()))
     assert "told apart" not in shown.lower()
+    assert "example by example" not in shown.lower()

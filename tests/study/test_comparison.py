@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from tests.evaluation.cards import card as card_of
 
 from fedgraft.evaluation.gate import Decision
-from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
+from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard, together
 from fedgraft.study.comparison import (
     MIN_RIGHT,
     check_claims,
     compare,
     in_words,
     summarise,
+    told_of,
     verdict,
     with_forms,
 )
@@ -216,6 +217,42 @@ def test_a_score_that_one_arm_lacks_is_missing_in_its_pairs_alone() -> None:
     told = found(card("graft", 1, followed=0.9), card("instruct", followed=0.9), card("s1", 1))
     assert told["graft", "instruct", FOLLOWED].difference is not None
     assert told["graft", "s1", FOLLOWED].told == "missing"
+
+
+def test_pairs_and_a_score_of_ones_own_are_compared_that_score_first() -> None:
+    cards = {
+        arm: [card_of([1.0] * right + [0.0] * (40 - right), arm=arm, name="mine")]
+        for arm, right in (("a", 30), ("b", 10), ("c", 20))
+    }
+    for arm, (only,) in cards.items():
+        cards[arm] = [together(only, answered(arm, 30, 20))]
+    told = compare(cards, [("a", "b"), ("c", "b")], score="mine")
+    names = ["mine", RIGHT_AND_FOLLOWED, IN_FORM]
+    assert [(one.arm, one.against) for one in told] == [("a", "b")] * 3 + [("c", "b")] * 3
+    assert [one.score for one in told[:3]] == names
+    assert told[0].told == "better"
+    assert "mine" not in [one.score for one in compare(cards, [("a", "b")])]
+
+
+def test_a_score_of_a_single_example_is_missing_from_comparisons_and_stops_nothing() -> None:
+    cards = {arm: [card_of([1.0], arm=arm, name=FOLLOWED)] for arm in ("graft", "s1")}
+    (one,) = compare(cards)
+    assert one.told == "missing"
+
+
+def test_what_is_better_worse_and_untold_is_said_in_one_sentence() -> None:
+    cards = {
+        arm: [card_of([1.0] * right + [0.0] * (100 - right), arm=arm, name=FOLLOWED)]
+        for arm, right in (("up", 90), ("higher", 95), ("down", 10), ("same", 50), ("close", 51))
+    }
+    cards["mid"] = [card_of([1.0] * 50 + [0.0] * 50, arm="mid", name=FOLLOWED)]
+    cards["gone"] = [card("gone")]
+    pairs = [(arm, "mid") for arm in cards if arm != "mid"]
+    assert told_of(FOLLOWED, compare(cards, pairs)) == (
+        "Example by example against mid, up, higher are better; down is worse; same is the same; "
+        "close is not to be told apart (95% intervals over 100 examples of one seed)."
+    )
+    assert told_of("other", compare(cards, pairs)) == ""
 
 
 def test_comparisons_are_told_in_words_with_their_interval() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.evaluation.cards import card as card_of
 from tests.study.small import page, write_lines, write_material, write_study
 
 from fedgraft.errors import StudyError
@@ -19,6 +20,7 @@ from fedgraft.evaluation.scorecard import FOLLOWED
 from fedgraft.models import save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms
+from fedgraft.study.comparison import compare, summarise
 from fedgraft.study.forgetting import at_equal_distances, run, verdict
 from fedgraft.study.machine import machine
 from fedgraft.study.plan import plan
@@ -33,6 +35,7 @@ from fedgraft.study.result import (
     Forgetting,
     Summary,
     Way,
+    WayCompared,
     load_result,
 )
 from fedgraft.study.study import Study
@@ -190,6 +193,28 @@ def test_a_curve_is_the_mean_and_spread_of_its_seeds(ran: Ran) -> None:
         assert len(values) == score.num_seeds == 2
         assert (score.lowest, score.highest) == (min(values), max(values))
         assert score.mean == pytest.approx(sum(values) / 2)
+
+
+def test_the_arms_of_each_way_are_compared_after_the_most_tokens(ran: Ran) -> None:
+    assert [found.way.replay for found in ran.result.comparisons] == [0.0, 0.25]
+    for found in ran.result.comparisons:
+        last = {p.arm: p for p in ran.result.curves if (p.way, p.num_tokens) == (found.way, 1024)}
+        before = ran.result.references["instruct"]
+        pairs = {(one.arm, one.against) for one in found.comparisons}
+        assert pairs == {("graft", "instruct"), ("graft", "s1"), ("s1", "instruct")}
+        told = [one for one in found.comparisons if one.difference]  # of old facts one is asked
+        assert {FOLLOWED, NEW_FACTS, TEXT} <= {one.score for one in told}
+        for one in told:
+            assert one.difference
+            assert one.difference.paired
+            assert one.difference.num_seeds == 2
+            other = (
+                before[one.score]
+                if one.against == "instruct"
+                else last[one.against].scores[one.score].mean
+            )
+            value = last[one.arm].scores[one.score].mean - other
+            assert one.difference.value == pytest.approx(value, abs=1e-5)
 
 
 def test_the_graft_of_a_point_is_scored_and_then_taken_away(ran: Ran) -> None:
@@ -428,6 +453,26 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
         "on near and 20 points on far (rank correlation of distance and loss +0.50)",
     ):
         assert part in words
+
+
+def test_the_verdict_says_how_sure_it_is_that_the_graft_is_ahead(
+    material: Path, tmp_path: Path
+) -> None:
+    study = load(material, tmp_path / "study.yaml", replay=None)
+    way = Way(learning_rate=1e-3, replay=0)
+    cards = {
+        arm: [card_of([1.0] * right + [0.0] * (40 - right), arm=arm, name=FOLLOWED)]
+        for arm, right in (("instruct", 38), ("s1", 10), ("graft", 35))
+    }
+    curves = [
+        CurvePoint(arm=arm, way=way, num_tokens=1024, scores=summarise(cards[arm])[arm])
+        for arm in ("s1", "graft")
+    ]
+    references = {"instruct": {FOLLOWED: 0.95}}
+    compared = WayCompared(way=way, comparisons=compare(cards))
+    words = verdict(study, references, curves, (), (compared,))
+    assert "Prompt by prompt against S1, the graft is better by 62.5 points (" in words
+    assert "a 95% interval over 40 prompts of one seed." in words
 
 
 def test_the_verdict_does_not_call_a_gain_a_loss(material: Path, tmp_path: Path) -> None:

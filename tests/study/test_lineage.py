@@ -31,7 +31,8 @@ from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorec
 from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms, kinds
-from fedgraft.study.lineage import TUNED_ON, against, parted, run, verdict
+from fedgraft.study.comparison import compare
+from fedgraft.study.lineage import TUNED_ON, parted, run, verdict
 from fedgraft.study.machine import machine
 from fedgraft.study.plan import plan
 from fedgraft.study.recipes import LineageStudy
@@ -550,20 +551,31 @@ def card(arm: str, seed: int | None, value: float) -> Scorecard:
     )
 
 
-def test_arms_are_compared_seed_by_seed() -> None:
-    cards = {
-        "graft": [card("graft", seed, 0.5 + seed / 100) for seed in (1, 2, 3)],
-        "s1": [card("s1", seed, 0.4 + seed / 100) for seed in (1, 2, 3)],
-        "instruct": [card("instruct", None, 0.9)],
-        "base": [card("base", None, 0.1)],
-    }
-    found = {one.arm: one for one in against(cards, "graft", (1, 2, 3))}
-    assert found["s1"].difference == pytest.approx(-0.1)
-    assert found["s1"].stderr == pytest.approx(0)
-    assert found["instruct"].num_seeds == 3
-    assert found["instruct"].stderr == pytest.approx(0.01 / 3**0.5)
-    alone = {one.arm: one for one in against(cards, "instruct", (1, 2, 3))}
-    assert (alone["base"].num_seeds, alone["base"].stderr) == (1, None)
+def test_every_arm_is_compared_with_the_one_that_the_study_names(ran: Ran) -> None:
+    found = {(one.arm, one.score): one for one in ran.result.comparisons}
+    arms = {arm.arm for arm in ran.result.arms}
+    assert {one.against for one in ran.result.comparisons} == {"graft"}
+    assert {arm for arm, _ in found} == arms - {"graft"}
+    assert ran.result.comparisons[0].score == SCORES
+    for (arm, score), one in found.items():
+        assert one.difference, score
+        assert one.difference.paired
+        assert one.difference.num_seeds == 2  # the graft is made anew by each
+        cards = {a.arm: a.scorecards for a in ran.result.arms}
+        means = [np.mean([card.scores[score].value for card in cards[a]]) for a in (arm, "graft")]
+        assert one.difference.value == pytest.approx(means[0] - means[1], abs=1e-5)
+
+
+def test_answers_to_tune_on_and_held_out_are_compared_too(ran: Ran) -> None:
+    scores = {one.score for one in ran.result.comparisons if one.arm == "tuned"}
+    assert {f"{RESPONSE_NATS}/lessons{suffix}" for suffix in ("", TUNED_ON)} <= scores
+    assert any(score.endswith("/nats_per_token") for score in scores)
+
+
+def test_without_an_arm_to_compare_with_nothing_is(material: Path, tmp_path: Path) -> None:
+    found = run_small(material, tmp_path / "out", **only("base", "instruct"))
+    assert found.result.comparisons == ()
+    assert "Example by example" not in found.result.verdict
 
 
 def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) -> None:
@@ -592,11 +604,12 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
         kept=0.9,
     )
     broken = promise.model_copy(update={"outcome": "breaks"})
-    told = verdict(study, summary, against(cards, "graft", (1, 2, 3)), lines, (promise, broken))
+    pairs = [(arm, "graft") for arm in cards if arm != "graft"]
+    told = verdict(study, summary, compare(cards, pairs), lines, (promise, broken))
     for part in (
         "By prompts followed in full, many is best, with 90.2% (90.1% to 90.3%).",
         "graft has 80.2% (80.1% to 80.3%).",
-        "Beyond two standard errors over seeds, many is better and s1, few are worse.",
+        "Example by example against graft, many is better; s1, few are worse (95% intervals over 9",
         "S2 is level with graft from 1,000 on (dialogues).",
         "Of 2 grafts that inspection made a forecast for, before they were asked anything, 1 came",
     ):

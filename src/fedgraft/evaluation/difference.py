@@ -93,16 +93,16 @@ def difference(
     made of the standard errors, as if both had been asked different examples.
 
     Args:
-        candidates: A card a seed; all have the score.
+        candidates: A card a seed, or one for all seeds; all have the score.
         references: The same seeds in the same order, or one card for all.
 
     Raises EvaluationError where the two were not asked the same examples, or seeds do not pair.
     """
-    num_seeds = len(candidates)
-    if len(references) not in (1, num_seeds) or not references:
+    num_seeds = max(len(candidates), len(references))
+    if not (num_seeds and all(len(side) in (1, num_seeds) for side in (candidates, references))):
         raise EvaluationError(
-            f"{name}: expected one card of the reference, or one for each of {num_seeds} seeds, "
-            f"found {len(references)}; score the same seeds of both"
+            f"{name}: expected a card for each of the same seeds of both, or one for all of them, "
+            f"found {len(candidates)} and {len(references)}; score the same seeds of both"
         )
     both = [*candidates, *references]
     found = np.array([card.scores[name].value for card in candidates])
@@ -122,7 +122,7 @@ def difference(
             raise EvaluationError(
                 f"{name}: expected at least 2 examples to draw from, found {num_examples}; ask more"
             )
-        drawn = _drawn(kept[:num_seeds], kept[num_seeds:], times, rng)
+        drawn = _drawn(kept[: len(candidates)], kept[len(candidates) :], times, rng)
         plain = (drawn - by_seed).mean(1)
         stretched = plain * np.sqrt(num_examples / rng.chisquare(num_examples - 1, DRAWS))
         spread = stretched.clip(plain.min(), plain.max())

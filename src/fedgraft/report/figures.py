@@ -172,7 +172,9 @@ def places(
         return _svg(figure)
 
 
-def changes(series: Sequence[Series], groups: Sequence[str], *, unit: str = "%") -> str:
+def changes(
+    series: Sequence[Series], groups: Sequence[str], *, unit: str = "%", x_label: str = ""
+) -> str:
     """Dots of several series a group, about zero; `x` of a series follows `groups`.
 
     Where a series has `low` and `high`, each dot has its whisker from one to the other.
@@ -203,6 +205,7 @@ def changes(series: Sequence[Series], groups: Sequence[str], *, unit: str = "%")
         axes.xaxis.set_major_formatter(
             lambda value, _: f"{value:+g}{unit}" if value else f"0{unit}"
         )
+        axes.set_xlabel(x_label)
         _rows(axes, groups)
         _legend(figure, axes)
         return _svg(figure)

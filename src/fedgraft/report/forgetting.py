@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED
 from fedgraft.report import figures
+from fedgraft.report.compared import grid
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
@@ -23,9 +24,11 @@ from fedgraft.report.words import (
     flatten,
     power,
     score,
+    score_words,
     spread,
     took,
 )
+from fedgraft.study.comparison import PAIRS, in_words
 from fedgraft.study.cost import graft_flops, training_flops
 from fedgraft.study.result import (
     CURVE_ARMS,
@@ -33,6 +36,7 @@ from fedgraft.study.result import (
     NEW_FACTS,
     OLD_FACTS,
     TEXT,
+    Comparison,
     CurvePoint,
     Forgetting,
     Summary,
@@ -86,7 +90,7 @@ def render(result: Forgetting) -> str:
     """The page of a study of forgetting."""
     return fill(
         "forgetting.html",
-        *(duration, count, power, figure, shown, took, amount),
+        *(duration, count, power, figure, shown, took, amount, in_words),
         result=result,
         labels=LABELS,
         colours=COLOURS,
@@ -96,6 +100,9 @@ def render(result: Forgetting) -> str:
         shift=_shift_plot(result) if result.domains else None,
         domains=_domain_rows(result),
         compute=_compute_plot(result),
+        pairs=[(LABELS[arm], LABELS[against]) for arm, against in PAIRS],
+        compared=list(_compared(result)),
+        most=max(_budgets(result), default=0),
         training=list(_training_plots(result)),
         settings=list(flatten(result.settings)),
     )
@@ -224,6 +231,13 @@ def _groups(result: Forgetting, name: str) -> Iterator[tuple[str, tuple[Row, ...
             cells = tuple(point.scores.get(name) if point else None for point in points)
             rows.append((count(budget), cells))
         yield way_words(way), tuple(rows)
+
+
+def _compared(result: Forgetting) -> Iterator[tuple[str, list[tuple[str, list[Comparison]]]]]:
+    """Each way, with each score's comparison for each of the pairs."""
+    for found in result.comparisons:
+        rows = grid(found.comparisons).items()
+        yield way_words(found.way), [(score_words(name), list(row.values())) for name, row in rows]
 
 
 def _shift_plot(result: Forgetting) -> Plot:

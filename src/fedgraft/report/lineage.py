@@ -14,6 +14,7 @@ from fedgraft.evaluation.scorecard import (
     Example,
 )
 from fedgraft.report import figures
+from fedgraft.report.compared import apart_plot, grid
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
@@ -34,7 +35,8 @@ from fedgraft.report.words import (
     spread,
     took,
 )
-from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Compared, Lineages, Summary
+from fedgraft.study.comparison import in_words
+from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Comparison, Lineages, Summary
 
 PALETTE = (
     figures.ORANGE,
@@ -63,11 +65,7 @@ class Row:
     """A model that was scored."""
 
     arm: str
-    words: str
     cells: tuple[Summary | None, ...]
-    difference: str
-    """To the arm that others are compared with, by the study's score."""
-    apart: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +81,7 @@ def render(result: Lineages) -> str:
     main, finer = _columns(result)
     return fill(
         "lineage.html",
-        *(duration, count, power, figure, score, spread, took, amount),
+        *(duration, count, power, figure, score, spread, took, amount, in_words),
         result=result,
         colours=_colours(result),
         labels={},
@@ -93,7 +91,10 @@ def render(result: Lineages) -> str:
         rows=list(_rows(result, main)),
         finer=[_words(name) for name in finer],
         finer_rows=list(_rows(result, finer)),
-        measure=_words(result.score),
+        num_seeds=max((d.num_seeds for c in result.comparisons if (d := c.difference)), default=1),
+        compared_columns=[_words(name) for name in grid(result.comparisons)],
+        compared=_compared(result),
+        apart=_apart(result),
         promises=list(_promises(result)),
         training=list(_training(result)),
         examples=_examples(result),
@@ -224,33 +225,27 @@ def _columns(result: Lineages) -> tuple[list[str], list[str]]:
 def _rows(result: Lineages, names: Sequence[str]) -> Iterator[Row]:
     for arm in result.arms:
         found = result.summary.get(arm.arm, {})
-        compared = next(
-            (c for c in result.compared if (c.arm, c.score) == (arm.arm, result.score)), None
-        )
-        yield Row(
-            arm=arm.arm,
-            words=arm.words,
-            cells=tuple(found.get(name) for name in names),
-            difference=_difference(result, compared),
-            apart="" if compared is None or compared.stderr is None else _yes(compared.told_apart),
-        )
+        yield Row(arm=arm.arm, cells=tuple(found.get(name) for name in names))
 
 
-def _difference(result: Lineages, compared: Compared | None) -> str:
-    """`+3.1 ± 0.4 points`; empty where nothing is compared."""
-    if compared is None:
-        return ""
-    share = _is_share(result, compared.score)
-    shown, unit = (100.0, "points") if share else (1.0, "nats")
-    digits = 1 if share else 3
-    told = f"{shown * compared.difference:+.{digits}f}"
-    if compared.stderr is not None:
-        told += f" ± {shown * compared.stderr:.{digits}f}"
-    return f"{told} {unit}"
+def _compared(result: Lineages) -> dict[str, list[Comparison]]:
+    """Arm -> its comparison by each score, those of the grid in turn."""
+    found: dict[str, list[Comparison]] = {}
+    for pairs in grid(result.comparisons).values():
+        for (arm, _), one in pairs.items():
+            found.setdefault(arm, []).append(one)
+    return found
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _apart(result: Lineages) -> Plot | None:
+    """The differences by the study's score, a row a model."""
+    words = f"{_words(result.score)}, against {result.against}"
+    return apart_plot(
+        [one for one in result.comparisons if one.score == result.score],
+        {words: figures.BLUE},
+        series_of=lambda _: words,
+        group_of=lambda one: one.arm,
+    )
 
 
 def _promises(result: Lineages) -> Iterator[Promise]:

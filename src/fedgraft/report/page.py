@@ -11,6 +11,7 @@ from statistics import fmean
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
 from fedgraft.report import departments, figures, forgetting, lineage, selection
+from fedgraft.report.compared import apart_plot, grid
 from fedgraft.report.figures import Series
 from fedgraft.report.tables import as_html
 from fedgraft.report.template import fill
@@ -261,40 +262,23 @@ def _pairs(result: Result) -> list[tuple[str, str]]:
 
 def _compared(result: Result) -> list[tuple[str, list[Comparison]]]:
     """Each score in words, with its comparison for each of the pairs."""
-    rows: dict[str, list[Comparison]] = {}
-    for one in result.comparisons:
-        rows.setdefault(one.score, []).append(one)
-    return [(score_words(name), ours) for name, ours in rows.items()]
+    rows = grid(result.comparisons).items()
+    return [(score_words(name), list(row.values())) for name, row in rows]
 
 
 def _apart_plot(result: Result) -> Plot | None:
-    """The differences of shares, each with its interval; None where nothing was asked."""
+    """The differences of shares, a colour a pair; None where nothing was asked."""
     asked = [one for one in result.comparisons if one.unit == "share"]
-    names = list(dict.fromkeys(one.score for one in asked))
-    colours = (figures.GREEN, figures.BLUE, figures.VERMILION)
-    series = []
-    pairs = dict.fromkeys((one.arm, one.against) for one in asked)
-    for (arm, against), colour in zip(pairs, colours, strict=False):
-        ours = {
-            one.score: one.difference for one in asked if (one.arm, one.against) == (arm, against)
-        }
-        found = [ours.get(name) for name in names]
-        series.append(
-            Series(
-                name=f"{LABELS[arm]} against {LABELS[against]}",
-                colour=colour,
-                x=[100 * one.value if one else None for one in found],
-                low=[100 * one.low if one else None for one in found],
-                high=[100 * one.high if one else None for one in found],
-            )
-        )
-    if not series:
-        return None
-    return Plot(
-        title="How far apart, and how sure",
-        svg=figures.changes(series, [score_words(name) for name in names], unit=""),
-        caption="Differences in points; right of zero the first of the two is better. A line is "
-        "the 95% interval; where it crosses zero the two cannot be told apart.",
+    wheel = (figures.GREEN, figures.BLUE, figures.VERMILION)
+
+    def pair(one: Comparison) -> str:
+        return f"{LABELS[one.arm]} against {LABELS[one.against]}"
+
+    return apart_plot(
+        asked,
+        dict(zip(dict.fromkeys(map(pair, asked)), wheel, strict=False)),
+        series_of=pair,
+        group_of=lambda one: score_words(one.score),
     )
 
 

@@ -8,7 +8,14 @@ from types import MappingProxyType
 from fedgraft.evaluation.benchmarks import PAPER_ROWS
 from fedgraft.evaluation.difference import LEVEL, difference
 from fedgraft.evaluation.gate import Decision
-from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
+from fedgraft.evaluation.scorecard import (
+    FOLLOWED,
+    RESPONSE_NATS,
+    RIGHT_AND_FOLLOWED,
+    ROUGE_L,
+    Score,
+    Scorecard,
+)
 from fedgraft.study.result import NEW_FACTS, OLD_FACTS, Claim, Comparison, Summary, Unit
 
 Summaries = Mapping[str, Mapping[str, Summary]]
@@ -22,6 +29,8 @@ COMPARED = (
     NEW_FACTS,
     OLD_FACTS,
     "perplexity/*/nats_per_token",
+    f"{RESPONSE_NATS}/*",
+    ROUGE_L,
     *PAPER_ROWS.values(),
     "benchmark/gsm8k/in_form",
 )
@@ -36,6 +45,14 @@ FORMS = MappingProxyType(
 """Score -> (strict, flexible): of the answers that are right, the share in the form asked. GSM8K
 in arXiv 2410.10739 falls from 75% to 47% by strict match while flexible match stays at 75%:
 nothing is unlearned but the form, and an average over both hides which."""
+TOLD_WORDS = MappingProxyType(
+    {
+        "better": "better",
+        "worse": "worse",
+        "the same": "the same",
+        "cannot be told": "not to be told apart",
+    }
+)
 MIN_RIGHT = 20
 """Right answers below which nothing is said of their form."""
 
@@ -54,11 +71,18 @@ def summarise(scorecards: Iterable[Scorecard]) -> dict[str, dict[str, Summary]]:
     }
 
 
-def compare(cards: Mapping[str, Sequence[Scorecard]]) -> tuple[Comparison, ...]:
-    """The differences of PAIRS, score by score, over examples and seeds.
+def compare(
+    cards: Mapping[str, Sequence[Scorecard]],
+    pairs: Iterable[tuple[str, str]] = PAIRS,
+    *,
+    score: str | None = None,
+) -> tuple[Comparison, ...]:
+    """The differences of pairs of arms, score by score, over examples and seeds.
 
     Args:
         cards: Arm -> its scorecards, one a seed; or one, where seeds do not matter.
+        pairs: An arm, and the one that it is compared with.
+        score: Compared before those of COMPARED, whatever it is.
 
     Raises EvaluationError where two arms were not asked the same.
     """
@@ -70,20 +94,52 @@ def compare(cards: Mapping[str, Sequence[Scorecard]]) -> tuple[Comparison, ...]:
             score=name,
             unit=unit,
             difference=difference(name, known[arm], known[against])
-            if all(name in card.scores for card in (*known[arm], *known[against]))
+            if all(_can_tell(name, card) for card in (*known[arm], *known[against]))
             else None,
         )
-        for arm, against in PAIRS
+        for arm, against in pairs
         if known.get(arm) and known.get(against)
-        for name, unit in _compared([*known[arm], *known[against]])
+        for name, unit in _compared([*known[arm], *known[against]], score)
     )
 
 
-def _compared(cards: Sequence[Scorecard]) -> Iterator[tuple[str, Unit]]:
-    """The names of COMPARED that any card has, in that order, with their units."""
+def _can_tell(name: str, card: Scorecard) -> bool:
+    """Whether the card has the score, of two examples at least: one alone has no interval."""
+    found = card.outcomes.get(name)
+    return name in card.scores and (found is None or found.num_examples > 1)
+
+
+def _compared(cards: Sequence[Scorecard], first: str | None) -> Iterator[tuple[str, Unit]]:
+    """The first, then the names of COMPARED that any card has, in that order, with their units."""
     units = {name: score.unit for card in cards for name, score in card.scores.items()}
-    for pattern in COMPARED:
-        yield from ((name, unit) for name, unit in units.items() if fnmatchcase(name, pattern))
+    patterns = COMPARED if first is None else (first, *COMPARED)
+    names = dict.fromkeys(
+        name for pattern in patterns for name in units if fnmatchcase(name, pattern)
+    )
+    yield from ((name, units[name]) for name in names)
+
+
+def told_of(name: str, comparisons: Iterable[Comparison]) -> str:
+    """What is better, what is worse and what cannot be told, of one score, in a sentence.
+
+    All are against the same arm; empty where none was compared by that score.
+    """
+    ours = [one for one in comparisons if one.score == name and one.difference]
+    parts = []
+    for told, words in TOLD_WORDS.items():
+        arms = [one.arm for one in ours if one.told == told]
+        if arms:
+            parts.append(f"{', '.join(arms)} {'is' if len(arms) == 1 else 'are'} {words}")
+    if not parts:
+        return ""
+    found = [one.difference for one in ours if one.difference]
+    seeds = max(one.num_seeds for one in found)
+    over = f"{max(one.num_examples for one in found):,} examples"
+    over += f" and {seeds} seeds" if seeds > 1 else " of one seed"
+    return (
+        f"Example by example against {ours[0].against}, {'; '.join(parts)} ({LEVEL:.0%} intervals "
+        f"over {over})."
+    )
 
 
 def with_forms(card: Scorecard) -> Scorecard:
@@ -162,7 +218,7 @@ def check_claims(summaries: Summaries) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-def _in_a_sentence(comparison: Comparison) -> str:
+def in_a_sentence(comparison: Comparison) -> str:
     """The difference in words, and what its interval speaks of."""
     found = comparison.difference
     assert found
@@ -221,12 +277,12 @@ def verdict(
     found = {(c.arm, c.against, c.score): c for c in comparisons}
     ahead = found.get(("graft", "s1", FOLLOWED))
     if ahead and ahead.difference:
-        sentences.append(f"Prompt by prompt against S1, the graft is {_in_a_sentence(ahead)}.")
+        sentences.append(f"Prompt by prompt against S1, the graft is {in_a_sentence(ahead)}.")
     form = found.get(("graft", "instruct", "instructions/in_form"))
     if form and form.told == "worse":
         sentences.append(
             "The form of right answers suffers: against the instruct model, the graft is "
-            f"{_in_a_sentence(form)}."
+            f"{in_a_sentence(form)}."
         )
     texts = [
         name

@@ -17,7 +17,7 @@ from statistics import correlation, fmean
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
-from fedgraft.study.comparison import summarise
+from fedgraft.study.comparison import compare, in_a_sentence, summarise
 from fedgraft.study.estimate import estimate
 from fedgraft.study.material import first_by_hash
 from fedgraft.study.result import (
@@ -33,6 +33,7 @@ from fedgraft.study.result import (
     Point,
     Summary,
     Way,
+    WayCompared,
 )
 from fedgraft.study.run import Run, versions
 from fedgraft.study.stage import Say
@@ -95,6 +96,10 @@ class _Forgetting(Run):
             for num_tokens, card in self._curve(seed, way)
         ]
         curves = tuple(_over_seeds(points))
+        comparisons = tuple(
+            _compared(way, references["instruct"], points, study.pretrain.num_tokens)
+            for way in study.ways
+        )
         domains = tuple(self._domains(references["base"], followed, points))
         found = {
             arm: {name: score.value for name, score in _kept(card).items()}
@@ -103,7 +108,7 @@ class _Forgetting(Run):
         Forgetting(
             name=study.name,
             question=study.question,
-            verdict=verdict(study, found, curves, domains),
+            verdict=verdict(study, found, curves, domains, comparisons),
             seeds=study.seeds,
             own=curve.domains.own if curve.domains else "own text",
             words={arm: ARM_WORDS[arm] for arm in ("base", "instruct", *CURVE_ARMS)},
@@ -120,6 +125,7 @@ class _Forgetting(Run):
             ),
             curves=curves,
             domains=domains,
+            comparisons=comparisons,
             residual=self.residual_facts(),
             losses=self.losses,
             learning_rates=self.learning_rates,
@@ -253,6 +259,20 @@ def _over_seeds(points: Sequence[tuple[Way, int, Scorecard]]) -> Iterator[CurveP
         )
 
 
+def _compared(
+    way: Way,
+    instruct: Scorecard,
+    points: Sequence[tuple[Way, int, Scorecard]],
+    num_tokens: int,
+) -> WayCompared:
+    """The arms of one way after so many tokens, with one another and the instruct model."""
+    cards = {"instruct": [instruct]}
+    for other, tokens, card in points:
+        if (other, tokens) == (way, num_tokens):
+            cards.setdefault(card.arm, []).append(card)
+    return WayCompared(way=way, comparisons=compare(cards))
+
+
 def _domain(
     name: str, shift: float, num_tokens: int, followed: float, cards: Sequence[Scorecard]
 ) -> DomainResult:
@@ -281,6 +301,7 @@ def verdict(
     references: Mapping[str, Mapping[str, float]],
     curves: Sequence[CurvePoint],
     domains: Sequence[DomainResult],
+    comparisons: Sequence[WayCompared] = (),
 ) -> str:
     """A few sentences that follow from the figures by rule: at the last budget, at the rate of
     `pretrain`; what replay changes, what the other rates do, and what distance has to do with it.
@@ -300,6 +321,18 @@ def verdict(
         f"The instruct model follows {before:.0%} of the prompts. After {budget:,} tokens at rate "
         f"{rate:g} without replay, the model that read them itself (S1) "
         f"{_change(lost('s1', rate, 0))}, the graft {_change(lost('graft', rate, 0))}."
+    ]
+    plain = Way(learning_rate=rate, replay=0)
+    ahead = [
+        one
+        for found in comparisons
+        for one in found.comparisons
+        if found.way == plain and (one.arm, one.against, one.score) == ("graft", "s1", FOLLOWED)
+    ]
+    sentences += [
+        f"Prompt by prompt against S1, the graft is {in_a_sentence(one)}."
+        for one in ahead
+        if one.difference
     ]
     if study.replay:
         share = study.replay.share

@@ -14,9 +14,7 @@ The file: `study.recipes`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from fedgraft.evaluation.knowledge import load_questions
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, RIGHT_AND_FOLLOWED, Scorecard
 from fedgraft.models import fresh_model, open_model, open_tokenizer, save_model
 from fedgraft.provenance import Record, derive_seed, hash_files, hash_json, new_artefact
-from fedgraft.study.comparison import summarise
+from fedgraft.study.comparison import compare, summarise, told_of
 from fedgraft.study.cost import graft_flops
 from fedgraft.study.estimate import estimate
 from fedgraft.study.forgetting import at_equal_distances
@@ -53,7 +51,7 @@ from fedgraft.study.result import (
     NEW_FACTS,
     OLD_FACTS,
     ArmResult,
-    Compared,
+    Comparison,
     Forecast,
     Lineages,
     Made,
@@ -157,13 +155,14 @@ class _Lineages(Stages):
                     inspections[arm, own] = found
                 cards[arm].append(self._score(arm, seed))
         summary = summarise(card for found in cards.values() for card in found)
-        compared = against(cards, study.against, study.seeds) if study.against else ()
+        pairs = [(arm, study.against) for arm in cards if study.against and arm != study.against]
+        comparisons = compare(cards, pairs, score=study.score)
         lines = _lines(study)
         forecasts = tuple(self._forecasts(inspections, cards))
         Lineages(
             name=study.name,
             question=study.question,
-            verdict=verdict(study, summary, compared, lines, forecasts),
+            verdict=verdict(study, summary, comparisons, lines, forecasts),
             seeds=study.seeds,
             models={name: self._made(name) for name in study.models},
             arms=tuple(
@@ -173,7 +172,7 @@ class _Lineages(Stages):
             summary=summary,
             score=study.score,
             against=study.against,
-            compared=compared,
+            comparisons=comparisons,
             axis=study.axis,
             lines=lines,
             forecasts=forecasts,
@@ -655,51 +654,15 @@ def _lines(study: LineageStudy) -> dict[str, tuple[tuple[float, str], ...]]:
     return {line: tuple(sorted(points)) for line, points in lines.items()}
 
 
-def against(
-    cards: Mapping[str, Sequence[Scorecard]], reference: str, seeds: Sequence[int]
-) -> tuple[Compared, ...]:
-    """Every arm against another one, score by score and seed by seed.
-
-    An arm that no seed changes stands for itself in each seed; two of them are compared once.
-    """
-    found = []
-    for arm, own in cards.items():
-        if arm == reference:
-            continue
-        pairs = [(_card(cards, arm, seed), _card(cards, reference, seed)) for seed in seeds]
-        if all(card.seed is None for card in (*own, *cards[reference])):
-            pairs = pairs[:1]
-        names = dict.fromkeys(name for card in own for name in card.scores)
-        for name in names:
-            differences = [
-                a.scores[name].value - b.scores[name].value
-                for a, b in pairs
-                if a and b and name in a.scores and name in b.scores
-            ]
-            if not differences:
-                continue
-            several = len(differences) > 1
-            found.append(
-                Compared(
-                    arm=arm,
-                    score=name,
-                    difference=fmean(differences),
-                    stderr=stdev(differences) / sqrt(len(differences)) if several else None,
-                    num_seeds=len(differences),
-                )
-            )
-    return tuple(found)
-
-
 def verdict(
     study: LineageStudy,
     summary: Mapping[str, Mapping[str, Summary]],
-    compared: Sequence[Compared],
+    comparisons: Sequence[Comparison],
     lines: Mapping[str, Sequence[tuple[float, str]]],
     forecasts: Sequence[Forecast],
 ) -> str:
-    """A few sentences that follow from the figures by rule: which arm is best, what is told apart
-    from the arm `against`, where lines are level with it, and whether forecasts came true."""
+    """A few sentences that follow from the figures by rule: which arm is best, what is told
+    apart from the arm `against`, where lines are level with it, and whether forecasts came true."""
     values = {arm: found[study.score] for arm, found in summary.items() if study.score in found}
     if not values:
         return "The study's score was not taken, so that nothing can be said about it."
@@ -712,22 +675,8 @@ def verdict(
     if reference:
         if best != study.against:
             sentences.append(f"{study.against} has {_told(reference)}.")
-        ours = [one for one in compared if one.score == study.score]
-        sign = 1 if share else -1
-        above = [one.arm for one in ours if one.told_apart and sign * one.difference > 0]
-        below = [one.arm for one in ours if one.told_apart and sign * one.difference < 0]
-        if above or below:
-            sentences.append(
-                "Beyond two standard errors over seeds, "
-                + " and ".join(
-                    f"{', '.join(arms)} {'is' if len(arms) == 1 else 'are'} {words}"
-                    for arms, words in ((above, "better"), (below, "worse"))
-                    if arms
-                )
-                + "."
-            )
-        elif ours:
-            sentences.append(f"No arm is told apart from {study.against} by the seeds.")
+        if told := told_of(study.score, comparisons):
+            sentences.append(told)
     for line, points in lines.items():
         if reference:
             sentences.append(_reached(study, line, points, values, reference))

@@ -41,6 +41,8 @@ A study of forgetting goes on:
     domains            for each text: nats per token of the base as it came, tokens read, and
                        arm -> score -> mean and spread; `forgotten` among them is what the arm
                        follows less than the instruct model as it came
+    comparisons        for each way, after the most tokens: two arms and a score, how far apart on
+                       the same examples, with an interval
     learning_rates     training stage -> [step, learning rate]
 
 A study of departments goes on:
@@ -79,7 +81,8 @@ A study of lineages goes on:
     summary            arm -> score -> mean and spread over the seeds
     score              the score that the verdict speaks of
     against            the arm that others are compared with; null where none is
-    compared           arm, score: mean difference to `against` over seeds, its standard error
+    comparisons        each other arm, that one and a score: how far apart on the same examples,
+                       with an interval; empty where there is no such arm
     axis               what is counted along the lines; empty where there are none
     lines              line -> [place on the axis, arm]
     forecasts          for each plain graft and seed: what its residual is like, how far its target
@@ -218,7 +221,7 @@ class Comparison(_Record):
     score: str
     unit: Unit
     difference: Difference | None
-    """None where one of the two was not scored."""
+    """None where one of the two was not scored, or on a single example, which tells nothing."""
 
     @property
     def told(self) -> Told:
@@ -409,6 +412,13 @@ class CurvePoint(_Record):
     scores: dict[str, Summary]
 
 
+class WayCompared(_Record):
+    """The arms of one way with one another, after the most tokens."""
+
+    way: Way
+    comparisons: tuple[Comparison, ...]
+
+
 class DomainResult(_Record):
     """A text, read alone: how far it is from what the base knew, and what reading it did."""
 
@@ -430,6 +440,7 @@ class Forgetting(Found):
     points: tuple[Point, ...]
     curves: tuple[CurvePoint, ...]
     domains: tuple[DomainResult, ...]
+    comparisons: tuple[WayCompared, ...]
     learning_rates: dict[str, tuple[tuple[int, float], ...]]
 
 
@@ -611,7 +622,7 @@ class Lineages(Found):
     summary: dict[str, dict[str, Summary]]
     score: str
     against: str | None
-    compared: tuple[Compared, ...]
+    comparisons: tuple[Comparison, ...]
     axis: str
     lines: dict[str, tuple[tuple[float, str], ...]]
     forecasts: tuple[Forecast, ...]
