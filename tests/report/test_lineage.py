@@ -15,6 +15,7 @@ from fedgraft.study.result import ArmResult, Forecast, Lineages, Made
 
 TEXT = "perplexity/hr/nats_per_token"
 LESSONS = f"{RESPONSE_NATS}/lessons"
+TUNED = ("few", "many")
 VALUES = {"instruct": 0.9, "graft": 0.8, "few": 0.5, "many": 0.85}
 
 
@@ -47,7 +48,8 @@ def result(*, lines: bool = True, without: str = "", **changes: Any) -> Lineages
         verdict="Some <b>are</b>.",
         seeds=(1, 2, 3),
         models={
-            "base": Made(made_of=(), words="as it comes"),
+            **{name: Made(made_of=(), words="as it comes") for name in ("base", "instruct")},
+            **{name: Made(made_of=("base",), words="tuned", num_tokens=9) for name in TUNED},
             "graft": Made(made_of=("base", "instruct"), words="plus 1 x (instruct - base)"),
         },
         arms=tuple(
@@ -178,6 +180,31 @@ def test_answers_that_were_tuned_on_are_told_apart_from_those_held_out(page: str
 def test_benchmarks_stand_in_the_table_and_their_subjects_beside_it(page: str) -> None:
     assert '<th class="number">mmlu, acc</th>' in page[: page.index("By group")]
     assert '<th class="number">mmlu, acc: anatomy</th>' in page[page.index("By group") :]
+
+
+def test_benchmarks_stand_in_the_papers_layout_with_the_next_step(page: str) -> None:
+    told = part(page, "Benchmarks, in the layout of arXiv 2410.10739", "What inspection said")
+    assert "<td>MMLU</td><td>acc</td>" in told
+    assert "25.00" in told
+    assert told.count('<span class="missing">missing</span>') == 4 * 19  # fifteen scores, 4 more
+    assert "<pre>fedgraft study tables --study runs/tiny --out runs/tiny/tables</pre>" in told
+
+
+def test_without_benchmarks_there_is_no_table_of_the_paper() -> None:
+    arms = tuple(
+        arm.model_copy(
+            update={
+                "scorecards": tuple(
+                    one.model_copy(
+                        update={"scores": {n: s for n, s in one.scores.items() if "mmlu" not in n}}
+                    )
+                    for one in arm.scorecards
+                )
+            }
+        )
+        for arm in result().arms
+    )
+    assert "arXiv 2410.10739" not in render(result(arms=arms))
 
 
 def test_a_forecast_stands_beside_what_came_of_it(page: str) -> None:

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 from tests.report.pages import after, only_sorts
-from tests.study.test_tables import card, scores
+from tests.study.test_tables import card, lineage, scores
 
 from fedgraft.report.tables import (
     as_csv,
     as_html,
     as_latex,
     as_markdown,
+    compute_plot,
     figure_1,
     figure_2,
     render,
     write_tables,
 )
-from fedgraft.study.tables import MMLU, NAMES, Name, Table, beside, paper, table
+from fedgraft.study.tables import MMLU, NAMES, Name, Table, asked_of, beside, paper, table
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,38 @@ def test_ours_are_written_beside_the_one_that_is_asked_for(tmp_path: Path, gap: 
     page = write_tables(tmp_path, gap, "portability")
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".csv", ".html", ".md", ".tex"]
     assert "Our models in the paper" in page.read_text(encoding="utf-8")
+
+
+def test_ours_have_both_figures_beside_the_papers(tmp_path: Path) -> None:
+    asked = asked_of(lineage())
+    assert asked
+    page = write_tables(tmp_path, asked.table, "forgetting", asked.flops).read_text("utf-8")
+    ours, printed = page[page.index("The figures") :].split("The paper's figures")
+    for part, words in (
+        (ours, "FLOPs of all training that the model came of"),
+        (printed, "FLOPs of continued pre-training: 6 × parameters × tokens × epochs"),
+    ):
+        assert part.count('aria-label="Figure 1') == 3
+        assert part.count('aria-label="Figure 2') == 1
+        assert words in part
+    assert "L3b+100M, difference" in page.replace("<wbr>", "")
+
+
+def test_figure_2_of_ours_has_a_line_of_points_a_mark_alone_and_levels() -> None:
+    asked = asked_of(lineage())
+    assert asked
+    (plot,) = compute_plot(asked.table, asked.flops)
+    for word in ("MMLU, %", ">L3b+3Lr<", ">tuned<", ">L3i<", "6.9 × 10¹¹", "3.4 × 10¹¹"):
+        assert word in plot.svg, word
+    assert plot.svg.count("6.9 × 10¹¹") == 1  # of what lies as close as tuned to its newer base
+    assert list(compute_plot(asked.table, dict.fromkeys(asked.flops, 0.0))) == []
+
+
+def test_models_that_the_paper_does_not_have_stand_above_its_table(tmp_path: Path) -> None:
+    page = write_tables(tmp_path, table({"mine": [card(scores())]})).read_text("utf-8")
+    assert "none is called as one of the paper&#39;s models" in page.replace("'", "&#39;")
+    assert page.index("<h2>Our models</h2>") < page.index("with and without the residual, as print")
+    assert page.count("<table") == 2
 
 
 def column(page: str, number: int) -> list[str]:

@@ -6,10 +6,14 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.report.example import example_forgetting, example_result
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.benchmarks import PAPER_ROWS
-from fedgraft.evaluation.scorecard import Score, Scorecard
+from fedgraft.evaluation.scorecard import Score, Scorecard, together
+from fedgraft.study.comparison import summarise
+from fedgraft.study.cost import StageCost
+from fedgraft.study.result import ArmResult, Lineages, Made, Result
 from fedgraft.study.tables import (
     AVERAGES,
     FLEXIBLE,
@@ -28,21 +32,24 @@ from fedgraft.study.tables import (
     Name,
     Row,
     Table,
+    asked_of,
     beside,
     curves,
     deviations,
     in_form,
+    load_asked,
     load_columns,
     marks,
+    nearest,
     paper,
     table,
     with_averages,
 )
 
 
-def card(percent: dict[Row, float], seed: int = 1) -> Scorecard:
+def card(percent: dict[Row, float], seed: int = 1, arm: str = "graft") -> Scorecard:
     return Scorecard(
-        arm="graft",
+        arm=arm,
         seed=seed,
         scores={
             PAPER_ROWS[row]: Score(value=value / 100, num=100, stderr=0.01, unit="share")
@@ -176,9 +183,137 @@ def test_of_a_missing_score_the_difference_is_missing_and_the_papers_number_stan
     assert made.rows[MMLU] == (None, 62.14, None)
 
 
-def test_columns_that_the_paper_does_not_have_are_refused_with_its_names() -> None:
-    with pytest.raises(StudyError, match=r"\(DocChat, DocChat\+3Lr, DocChat\+3.1Lr\), found mine"):
-        beside(table({"mine": [card(scores())]}), paper("derived"))
+def test_columns_that_the_paper_does_not_have_stand_alone() -> None:
+    ours = table({"mine": [card(scores())]})
+    assert beside(ours, paper("derived")) == ours
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (("L3b+100M", "L3i"), "forgetting"),
+        (("mine", "Q2b+2.5Qr"), "portability"),
+        (("DocChat",), "derived"),
+        (("mine",), "forgetting"),
+    ],
+)
+def test_the_nearest_table_has_most_of_our_columns(columns: tuple[str, ...], name: Name) -> None:
+    assert nearest(columns) == name
+
+
+COST = 6.0 * 1000 * 10**8
+"""Of the tokens that a side of `lineage` reads."""
+
+
+def lineage(seeds: tuple[int, ...] = (1, 2)) -> Lineages:
+    """A study of table 2 with scores of the paper's benchmarks: two points of a base and grafts."""
+    values = {"L3b": 50.0, "newer@50000000": 52.0, "newer": 54.0, "L3i": 60.0, "tuned": 58.0}
+    values |= {"L3b+50M+3Lr": 61.0, "L3b+100M+3Lr": 62.0}
+    arms = tuple(
+        ArmResult(
+            arm=arm,
+            words=arm,
+            scorecards=tuple(card(scores(value + seed), seed, arm) for seed in seeds),
+        )
+        for arm, value in values.items()
+    )
+    residual = ("L3b", "L3i")
+    return Lineages(
+        name="table2",
+        question="Which?",
+        verdict="Some.",
+        seeds=seeds,
+        models={
+            **{name: Made(made_of=(), words="as it comes") for name in residual},
+            "newer": Made(made_of=("L3b",), words="reads", num_tokens=10**8, pretrained=True),
+            "tuned": Made(made_of=("newer",), words="tuned on x", num_tokens=10**6),
+            "L3b+50M+3Lr": Made(made_of=("newer@50000000", *residual), words="plus"),
+            "L3b+100M+3Lr": Made(made_of=("newer", *residual), words="plus"),
+        },
+        arms=arms,
+        summary=summarise(one for arm in arms for one in arm.scorecards),
+        score=PAPER_ROWS[MMLU],
+        against=None,
+        comparisons=(),
+        axis="tokens read",
+        lines={},
+        forecasts=(),
+        num_left_out={},
+        residual={},
+        losses={},
+        learning_rates={},
+        costs=tuple(
+            StageCost(stage=f"{name}, seed {seed}", seconds=1, flops=flops * (1 + seed / 10))
+            for seed in seeds
+            for name, flops in (("newer", COST), ("tuned", 1e9), ("newer, again", 1e30))
+        ),
+        settings={},
+        inputs={},
+        versions={"fedgraft": "0.1.0"},
+    )
+
+
+def test_the_arms_of_a_study_are_called_as_in_the_paper() -> None:
+    asked = asked_of(lineage())
+    assert asked
+    assert tuple(asked.columns) == (
+        *("L3b", "L3b+50M", "L3b+100M", "L3i", "tuned", "L3b+50M+3Lr", "L3b+100M+3Lr"),
+    )
+    assert asked.table.value(MMLU, "L3b+100M") == pytest.approx(55.5)
+    assert [curve.name for curve in curves(asked.table.columns)] == ["L3b", "L3b+3Lr"]
+
+
+def test_compute_is_what_the_stages_of_a_model_and_of_what_it_is_made_of_took() -> None:
+    asked = asked_of(lineage())
+    assert asked
+    mean = 1.15  # of the two seeds
+    assert asked.flops == pytest.approx(
+        {
+            "L3b": 0,
+            "L3i": 0,
+            "L3b+50M": COST / 2 * mean,
+            "L3b+100M": COST * mean,
+            "L3b+50M+3Lr": COST / 2 * mean,
+            "L3b+100M+3Lr": COST * mean,
+            "tuned": (COST + 1e9) * mean,
+        }
+    )
+
+
+def test_a_study_of_arms_has_its_columns_and_costs_too() -> None:
+    asked = asked_of(of_arms())
+    assert asked
+    assert tuple(asked.columns) == (
+        *("base", "base+400k", "instruct", "instruct+400k", "base+400k+residual"),
+    )
+    reading = 6.0 * 2_360_000 * 400_000
+    assert [asked.flops[c] for c in asked.columns] == [0, reading, 0, reading, reading]
+
+
+def of_arms() -> Result:
+    result = example_result()
+    return result.model_copy(
+        update={
+            "arms": tuple(
+                arm.model_copy(
+                    update={
+                        "scorecards": tuple(together(one, card(scores())) for one in arm.scorecards)
+                    }
+                )
+                for arm in result.arms
+            )
+        }
+    )
+
+
+def test_a_study_that_asked_no_benchmark_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    example_result().write(tmp_path)
+    assert asked_of(example_result()) is None
+    with pytest.raises(StudyError, match=r"were asked the paper's benchmarks, found none of their"):
+        load_asked(tmp_path)
+    example_forgetting((1,)).write(tmp_path)
+    with pytest.raises(StudyError, match="give the file of a study of lineages `benchmarks:`"):
+        load_asked(tmp_path)
 
 
 def test_the_form_of_gsm8k_falls_where_strict_match_does_and_flexible_match_holds() -> None:

@@ -79,22 +79,49 @@ def tables(
             help="A model of ours by the paper's name (L3b+1B+3Lr); again for more, or seeds.",
         ),
     ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            metavar="DIR",
+            help="The --out of a study that asked benchmarks: its arms, with figure 2.",
+        ),
+    ] = None,
     beside: Annotated[
-        Literal["forgetting", "portability", "derived"],
-        typer.Option("--beside", help="The paper's table 2, 3 or 4 that ours stands beside."),
-    ] = "forgetting",
+        Literal["forgetting", "portability", "derived"] | None,
+        typer.Option("--beside", help="The paper's table 2, 3 or 4; else the nearest."),
+    ] = None,
 ) -> None:
     """Write the tables and figures of arXiv 2410.10739: CSV, Markdown, LaTeX, HTML.
 
     Without columns they are the paper's own, every average taken again from its
-    rows. With them each of ours stands beside the paper's, with the difference.
+    rows. Ours stand beside those that are called alike, with the difference.
     A scorecard is what `fedgraft evaluate MODEL --suite paper --out FILE` writes.
     """
     from fedgraft.report.tables import write_tables
-    from fedgraft.study.tables import NAMES, deviations, load_columns, table
+    from fedgraft.study.tables import (
+        NAMES,
+        NUMBERS,
+        deviations,
+        load_asked,
+        load_columns,
+        nearest,
+        paper,
+        shared_columns,
+        table,
+    )
 
-    ours = table(load_columns(column)) if column else None
-    page = write_tables(out, ours, beside)
+    asked = load_asked(study) if study else None
+    columns = {**(asked.columns if asked else {}), **load_columns(column or [])}
+    ours = table(columns) if columns else None
+    name = beside or nearest(tuple(columns))
+    page = write_tables(out, ours, name, asked.flops if asked else {})
+    if columns and not shared_columns(tuple(columns), paper(name)):
+        say(
+            "beside",
+            f"no column is called as in table {NUMBERS[name]} ({', '.join(paper(name).columns)}),",
+        )
+        say("", "so that no difference is taken; the paper's table stands below ours")
     for number, one in enumerate(one for name in NAMES for one in deviations(name)):
         say("" if number else "averages", one.words)
     finish("tables", page, steps=["open it in a browser; CSV, Markdown and LaTeX stand beside it"])

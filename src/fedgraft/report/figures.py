@@ -26,6 +26,8 @@ WHEEL = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY)
 """Colours of many groups, in turn: neighbours differ, and what is one is said elsewhere."""
 MANY = 2000
 """Points from which a plot holds them as a picture, not as a mark each."""
+MOST_TICKS = 8
+"""On a logarithmic axis."""
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
 LEVELS = ((0, (4, 3)), (0, (1, 1.6)), (0, (7, 2, 1, 2)), (0, (2, 3)), (0, (9, 3)))
 """Dashes of lines to be compared with."""
@@ -284,7 +286,7 @@ def curves(
         if ticks and logarithmic:
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
         axes.xaxis.set_minor_locator(NullLocator())
-        ticks = ticks if logarithmic else ticks[:: 1 + len(ticks) // 12]
+        ticks = _apart(ticks) if logarithmic else ticks[:: 1 + len(ticks) // 12]
         axes.set_xticks(ticks, [(words or _short)(tick) for tick in ticks])
         if y_range:
             axes.set_ylim(*y_range)
@@ -414,6 +416,16 @@ def _known(row: Series) -> list[tuple[float, float, float, float]]:
         for x, y, low, high in zip(row.x, row.y, row.low, row.high, strict=True)
         if x is not None and y is not None and low is not None and high is not None
     ]
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Of rising places on a logarithmic axis those whose words do not run into one another."""
+    kept = list(ticks[:1])
+    nearest = (ticks[-1] / ticks[0]) ** (1 / MOST_TICKS) if kept else 1.0
+    for tick in ticks[1:]:
+        if tick >= kept[-1] * nearest:
+            kept.append(tick)
+    return kept
 
 
 def _short(number: float) -> str:

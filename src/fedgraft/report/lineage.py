@@ -16,6 +16,7 @@ from fedgraft.evaluation.scorecard import (
 from fedgraft.report import figures
 from fedgraft.report.compared import apart_plot, grid
 from fedgraft.report.figures import Series
+from fedgraft.report.tables import of_study
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
     COLOURS,
@@ -99,6 +100,7 @@ def render(result: Lineages) -> str:
         training=list(_training(result)),
         examples=_examples(result),
         settings=list(flatten(result.settings)),
+        **of_study(result),
     )
 
 

@@ -13,10 +13,9 @@ from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Example
 from fedgraft.report import departments, figures, forgetting, lineage, selection
 from fedgraft.report.compared import apart_plot, grid
 from fedgraft.report.figures import Series
-from fedgraft.report.tables import as_html
+from fedgraft.report.tables import of_study
 from fedgraft.report.template import fill
 from fedgraft.report.words import (
-    BENCHMARKS,
     COLOURS,
     LABELS,
     SCORE_WORDS,
@@ -49,7 +48,6 @@ from fedgraft.study.result import (
     Whichever,
     load_result,
 )
-from fedgraft.study.tables import table
 
 PAGE = "report.html"
 
@@ -96,13 +94,13 @@ def _of_arms(result: Result) -> str:
         pairs=_pairs(result),
         compared=_compared(result),
         apart=_apart_plot(result),
-        paper_table=_paper_table(result),
         tables=_score_tables(result),
         adapters=_adapter_rows(result),
         merging=_merging_rows(result),
         examples=_examples(result),
         settings=list(flatten(result.settings)),
         num_seeds=len(result.scales),
+        **of_study(result),
         **departments.sections(result.federations, None),
     )
 
@@ -366,22 +364,6 @@ def _cost_plots(result: Result) -> Iterator[Plot]:
         caption="Measured on the machine that ran the study, mean over seeds; tuning is estimated "
         "from the measured speed and the formula. Logarithmic.",
     )
-
-
-def _paper_table(result: Result) -> str | None:
-    """The scores of benchmarks in the layout of arXiv 2410.10739; None where none was taken."""
-    if not any(name in BENCHMARKS for scores in result.summary.values() for name in scores):
-        return None
-    read = f"+{count(result.tokens)}"
-    columns = {
-        "base": "base",
-        "pretrained_base": f"base{read}",
-        "instruct": "instruct",
-        "s1": f"instruct{read}",
-        "graft": f"base{read}+residual",
-    }
-    cards = {arm.arm: arm.scorecards for arm in result.arms}
-    return as_html(table({name: cards[arm] for arm, name in columns.items()}))
 
 
 def _score_tables(result: Result) -> dict[str, ScoreRows]:

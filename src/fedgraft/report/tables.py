@@ -7,13 +7,17 @@ and the word elsewhere, never zero.
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fedgraft.report import figures
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
 from fedgraft.report.words import Plot, power
 from fedgraft.study.cost import PAPER_EPOCHS, PAPER_PARAMETERS, Tuning, training_flops, tuning_ratio
+from fedgraft.study.result import Whichever
 from fedgraft.study.tables import (
     AVERAGES,
     DIFFERENCE,
@@ -27,12 +31,14 @@ from fedgraft.study.tables import (
     Name,
     Row,
     Table,
+    asked_of,
     beside,
     curves,
     deviations,
     in_form,
     marks,
     paper,
+    shared_columns,
 )
 
 MISSING = "missing"
@@ -47,15 +53,21 @@ PANELS: tuple[tuple[Row, str], ...] = (
     (TRUTHFULNESS, "truthfulness"),
 )
 """Of figure 1."""
-COLOURS = (figures.GREY, figures.VERMILION, figures.GREEN, figures.BLUE, figures.PURPLE)
+WHEEL = (figures.GREY, figures.VERMILION, figures.GREEN, figures.BLUE, figures.PURPLE)
 IN_FORM = ("GSM8K", "in form, of right")
 PAPER_TUNING = Tuning(num_tokens=25_000_000 * 8_192, epochs=PAPER_EPOCHS)
 
 
-def write_tables(out: Path, ours: Table | None = None, name: Name = "forgetting") -> Path:
+def write_tables(
+    out: Path,
+    ours: Table | None = None,
+    name: Name = "forgetting",
+    flops: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
     """Write the paper's three tables, or ours beside one of them, in every form; and a page.
 
-    Raises StudyError where none of our columns is called as one of the paper's.
+    Args:
+        flops: Of our columns, where it is known; for figure 2.
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = (
@@ -69,23 +81,40 @@ def write_tables(out: Path, ours: Table | None = None, name: Name = "forgetting"
         ):
             (out / f"{one}.{suffix}").write_text(text, encoding="utf-8")
     page = out / "tables.html"
-    page.write_text(render(tables, ours), encoding="utf-8")
+    page.write_text(render(tables, ours, flops), encoding="utf-8")
     return page
 
 
-def render(tables: Mapping[Name, Table], ours: Table | None = None) -> str:
-    """The page of some tables; figures are of ours where there are any, else of the paper's.
-
-    Of ours there is no figure 2, since a scorecard does not say how large its model is.
-    """
+def render(
+    tables: Mapping[Name, Table],
+    ours: Table | None = None,
+    flops: Mapping[str, float] = MappingProxyType({}),
+) -> str:
+    """The page of some tables; figures are of ours where there are any, then the paper's."""
     printed = paper("forgetting")
+    shown = [(TITLES[name], as_html(table)) for name, table in tables.items()]
+    shared = not ours or any(shared_columns(ours.columns, paper(name)) for name in tables)
+    if not shared:
+        shown = [("Our models", shown[0][1])]
+        shown += [(f"{TITLES[name]}, as printed", as_html(paper(name))) for name in tables]
     return fill(
         "tables.html",
-        tables=[(TITLES[name], as_html(table)) for name, table in tables.items()],
+        tables=shown,
         ours=ours is not None,
-        plots=[*figure_1(ours)] if ours else [*figure_1(printed), *figure_2(printed)],
+        shared=shared,
+        plots=[*figure_1(ours), *compute_plot(ours, flops)] if ours else [],
+        printed=[*figure_1(printed), *figure_2(printed)],
         deviations=[one.words for name in NAMES for one in deviations(name)],
     )
+
+
+def of_study(result: Whichever) -> dict[str, Any]:
+    """What `benchmarks.html` needs; no table where no arm was asked a benchmark."""
+    asked = asked_of(result)
+    if asked is None:
+        return {"paper_table": None, "paper_plots": []}
+    plots = [*figure_1(asked.table), *compute_plot(asked.table, asked.flops)]
+    return {"paper_table": as_html(asked.table), "paper_plots": plots}
 
 
 def as_csv(table: Table) -> str:
@@ -193,7 +222,7 @@ def figure_1(table: Table) -> Iterator[Plot]:
     lines = curves(table.columns)
     for row, title in PANELS if lines else ():
         read, as_they_came = [], []
-        for curve, colour in zip(lines, COLOURS, strict=False):
+        for curve, colour in zip(lines, cycle(WHEEL), strict=False):
             points: dict[float, float | None] = {
                 tokens: table.value(row, column) for tokens, column in curve.columns
             }
@@ -211,6 +240,49 @@ def figure_1(table: Table) -> Iterator[Plot]:
             caption=f"{' '.join(row)}. Dashed: as it came; there, base plus residual is the "
             "instruct model itself. The axis does not begin at zero.",
         )
+
+
+def compute_plot(table: Table, flops: Mapping[str, float]) -> Iterator[Plot]:
+    """Figure 2 of ours: MMLU against the operations of all training that a model came of.
+
+    Models that differ in tokens alone are a line, others a mark each; what was not trained is a
+    dashed line. None where no MMLU was taken of a trained model.
+    """
+    trained = {c: n for c, n in flops.items() if n and table.value(MMLU, c) is not None}
+    if not trained:
+        return
+    lines = {
+        curve.name: [column for _, column in curve.columns if flops.get(column)]
+        for curve in curves(table.columns)
+    }
+    drawn = {column for columns in lines.values() for column in columns}
+    lines |= {
+        column: [column] for column in table.columns if flops.get(column) and column not in drawn
+    }
+    levels = [
+        Series(name=column, colour=colour, x=(), y=(table.value(MMLU, column),))
+        for column, colour in zip(
+            (c for c in table.columns if flops.get(c) == 0), cycle(WHEEL), strict=False
+        )
+    ]
+    yield Plot(
+        title="Figure 2: score against compute",
+        svg=figures.curves(
+            [
+                _line(name, colour, {flops[c]: table.value(MMLU, c) for c in columns})
+                for (name, columns), colour in zip(
+                    ((n, cs) for n, cs in lines.items() if cs), cycle(WHEEL), strict=False
+                )
+            ],
+            levels=levels,
+            x_label="FLOPs of all training that the model came of",
+            y_label="MMLU, %",
+            words=power,
+        ),
+        caption="As the stages of the study recorded it: 6 × parameters × tokens of training, 2 × "
+        "parameters of a graft; the mean over seeds. Dashed: nothing was trained. The axis does "
+        "not begin at zero.",
+    )
 
 
 def figure_2(
@@ -231,7 +303,7 @@ def figure_2(
         svg=figures.curves(
             [
                 _line(curve.name, colour, _by_compute(table, curve, num_parameters, epochs))
-                for curve, colour in zip(lines, COLOURS, strict=False)
+                for curve, colour in zip(lines, cycle(WHEEL), strict=False)
             ],
             levels=(),
             x_label="FLOPs of continued pre-training: 6 × parameters × tokens × epochs",

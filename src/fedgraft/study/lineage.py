@@ -578,7 +578,12 @@ class _Lineages(Stages):
         if not isinstance(recipe, Recipe):
             return Made(made_of=(), words="as it comes")
         tokens = recipe.training.num_tokens if recipe.training else 0
-        return Made(made_of=recipe.made_of, words=in_words(recipe), num_tokens=tokens)
+        return Made(
+            made_of=recipe.made_of,
+            words=in_words(recipe),
+            num_tokens=tokens,
+            pretrained=recipe.pretrain is not None,
+        )
 
     def _residual_facts(self) -> dict[str, Any]:
         """Relative norm of each residual, with the first seed."""

@@ -591,6 +591,8 @@ class Made(_Record):
     words: str
     num_tokens: int = 0
     """That it was trained on, of its recipe."""
+    pretrained: bool = False
+    """Whether it read on, and was not tuned."""
 
 
 class Forecast(_Record):

@@ -13,7 +13,7 @@ A column is called after what it is, `MODEL[+TOKENS][+RESIDUAL]`: `L3b+100M+3Lr`
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.benchmarks import PAPER_ROWS
 from fedgraft.evaluation.scorecard import Scorecard
+from fedgraft.study.result import Found, Lineages, Result, Whichever, load_result
 
 Row = tuple[str, str]
 """Benchmark and metric, as the paper writes them."""
@@ -217,17 +218,19 @@ def marks(table: Table) -> dict[tuple[Row, str], Mark]:
     return found
 
 
-def beside(ours: Table, printed: Table) -> Table:
-    """Our columns, each that the paper has too followed by the paper's and by the difference.
+def shared_columns(columns: Sequence[str], printed: Table) -> list[str]:
+    """Those that are called as a column of the paper's."""
+    return [column for column in columns if column in printed.columns]
 
-    Raises StudyError where no column is called as one of the paper's.
-    """
-    shared = [column for column in ours.columns if column in printed.columns]
-    if not shared:
-        raise StudyError(
-            f"expected a column that the paper has too ({', '.join(printed.columns)}), found "
-            f"{', '.join(ours.columns)}; call the columns after the paper's models"
-        )
+
+def nearest(columns: Sequence[str]) -> Name:
+    """The paper's table that has most of the columns; table 2 where none has any."""
+    return max(NAMES, key=lambda name: len(shared_columns(columns, paper(name))))
+
+
+def beside(ours: Table, printed: Table) -> Table:
+    """Our columns, each that the paper has too followed by the paper's and by the difference."""
+    shared = shared_columns(ours.columns, printed)
     names: list[str] = []
     for column in ours.columns:
         names.append(column)
@@ -260,6 +263,115 @@ def in_form(table: Table) -> tuple[float | None, ...]:
         None if strict is None or not flexible else 100 * strict / flexible
         for strict, flexible in pairs
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """The arms of a study that were asked benchmarks, as columns of a table."""
+
+    columns: Mapping[str, Sequence[Scorecard]]
+    """As the paper would call them -> a card a seed."""
+    flops: Mapping[str, float]
+    """Column -> operations of all training that the model came of, the mean over seeds; 0 where
+    nothing was trained."""
+
+    @property
+    def table(self) -> Table:
+        return table(self.columns)
+
+
+def asked_of(result: Whichever) -> Asked | None:
+    """The columns of a study; None where no arm was asked a benchmark of the paper."""
+    match result:
+        case Result():
+            found = _asked_of_arms(result)
+        case Lineages():
+            found = _asked_of_lineages(result)
+        case _:
+            return None
+    known = {
+        column: cards
+        for column, cards in found.columns.items()
+        if any(name in card.scores for card in cards for name in PAPER_ROWS.values())
+    }
+    flops = {column: found.flops[column] for column in known}
+    return Asked(columns=known, flops=flops) if known else None
+
+
+def load_asked(directory: Path) -> Asked:
+    """The columns of the study that wrote into a directory.
+
+    Raises ReportError where there is no result, StudyError where no arm was asked a benchmark.
+    """
+    if asked := asked_of(load_result(directory)):
+        return asked
+    raise StudyError(
+        f"{directory}: expected a study whose arms were asked the paper's benchmarks, found none "
+        "of their scores; give the file of a study of lineages `benchmarks:` and run it again"
+    )
+
+
+def _asked_of_arms(result: Result) -> Asked:
+    read = f"+{_short(result.tokens)}"
+    names = {
+        "base": "base",
+        "pretrained_base": f"base{read}",
+        "instruct": "instruct",
+        "s1": f"instruct{read}",
+        "graft": f"base{read}+residual",
+    }
+    stages = {"graft": ("pretrained_base", "graft")}
+    cards = {arm.arm: arm.scorecards for arm in result.arms}
+    return Asked(
+        columns={column: cards[arm] for arm, column in names.items()},
+        flops={
+            column: sum(_flops(result, stage) for stage in stages.get(arm, (arm,)))
+            for arm, column in names.items()
+        },
+    )
+
+
+def _asked_of_lineages(result: Lineages) -> Asked:
+    """Arms by their names; what read on from a model as it comes is called `MODEL+TOKENS`."""
+    columns, flops = {}, {}
+    for arm in result.arms:
+        model, _, budget = arm.arm.partition("@")
+        made = result.models[model]
+        of_came = made.pretrained and not result.models[made.made_of[0].partition("@")[0]].made_of
+        tokens = int(budget) if budget else made.num_tokens
+        column = f"{made.made_of[0]}+{_short(tokens)}" if of_came else arm.arm
+        column = arm.arm if column in columns else column
+        columns[column] = arm.scorecards
+        trained = dict(_trained(result, arm.arm))
+        flops[column] = sum(share * _flops(result, name) for name, share in trained.items())
+    return Asked(columns=columns, flops=flops)
+
+
+def _trained(result: Lineages, ref: str) -> Iterator[tuple[str, float]]:
+    """Each model that a model is made of, itself too, and how far along it was taken, rising."""
+    shares: dict[str, float] = {}
+    waiting = [ref]
+    while waiting:
+        name, _, budget = waiting.pop().partition("@")
+        made = result.models[name]
+        share = int(budget) / made.num_tokens if budget else 1.0
+        shares[name] = max(share, shares.get(name, 0.0))
+        waiting += made.made_of
+    yield from shares.items()
+
+
+def _flops(result: Found, name: str) -> float:
+    """What a stage took, the mean over its seeds."""
+    found = [
+        c.flops for c in result.costs if c.stage == name or c.stage.startswith(f"{name}, seed ")
+    ]
+    return fmean(found) if found else 0.0
+
+
+def _short(tokens: int) -> str:
+    """`100M`, as the paper writes it; to the last token where no unit fits."""
+    unit, size = next(((u, s) for u, s in reversed(tuple(UNITS.items())) if tokens >= s), ("", 1))
+    return f"{tokens / size:.15g}{unit}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
