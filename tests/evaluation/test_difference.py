@@ -169,6 +169,14 @@ def test_one_card_for_all_seeds_may_stand_on_either_side() -> None:
     assert (behind.low, behind.high) == pytest.approx((-ahead.high, -ahead.low), abs=0.05)
 
 
+def test_no_interval_of_shares_goes_beyond_what_shares_allow() -> None:
+    seeds = [card([share, 1.0, 0.0, share]) for share in (0.0, 1.0)]
+    found = difference(NAME, seeds, [card([0.5, 1.0, 0.0, 0.0])])
+    assert (found.low, found.high) == (-1.0, 1.0)
+    losses = [card([nats, 1.0, 0.0, nats], unit="nats") for nats in (0.0, 1.0)]
+    assert difference(NAME, losses, [card([0.5, 1.0, 0.0, 0.0], unit="nats")]).high > 1
+
+
 def test_one_example_tells_nothing() -> None:
     with pytest.raises(EvaluationError, match="at least 2 examples to draw from, found 1"):
         difference(NAME, [card([1.0])], [card([0.0])])

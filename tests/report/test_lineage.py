@@ -144,6 +144,14 @@ def test_the_differences_are_drawn_with_their_unit_and_what_it_means(page: str) 
     assert "Left of zero the first of the two is better." in drawn
 
 
+def test_on_paper_where_nothing_scrolls_each_cell_says_which_score_it_is(page: str) -> None:
+    tables = part(page, "Compared, example by example", "Benchmarks, in the layout")
+    cells = re.findall(r"<td class=\"(?!name)[^>]*>", tables)
+    assert len(cells) > 30
+    assert all("data-label=" in cell for cell in cells)
+    assert 'data-label="prompts followed in full"' in tables
+
+
 def test_what_was_not_scored_in_one_arm_is_missing_among_the_comparisons() -> None:
     told = part(render(result(without="few")), "Compared, example by example", "Score by score")
     assert row(told, "few").startswith("few missing")

@@ -143,7 +143,15 @@ def test_figure_2_of_ours_has_a_line_of_points_a_mark_alone_and_levels() -> None
     asked = asked_of(lineage())
     assert asked
     (plot,) = compute_plot(asked.table, asked.flops)
-    for word in ("MMLU, %", ">L3b+3Lr<", ">tuned<", ">L3i<", "6.9 × 10¹¹", "3.4 × 10¹¹"):
+    for word in (
+        "MMLU, %",
+        ">L3b+3Lr<",
+        ">tuned<",
+        ">L3i, not trained<",
+        ">L3b, not trained<",
+        "6.9 × 10¹¹",
+        "3.4 × 10¹¹",
+    ):
         assert word in plot.svg, word
     assert plot.svg.count("6.9 × 10¹¹") == 1  # of what lies as close as tuned to its newer base
     assert list(compute_plot(asked.table, dict.fromkeys(asked.flops, 0.0))) == []

@@ -139,6 +139,8 @@ def difference(
         spread += stderr * rng.standard_t(num_seeds - 1, DRAWS)
     tail, value = (1 - LEVEL) / 2, float(by_seed.mean())
     low, high = np.quantile(value + spread, (tail, 1 - tail))
+    if candidates[0].scores[name].unit == "share":  # t of two seeds goes beyond what shares allow
+        low, high = max(low, min(value, -times)), min(high, max(value, 1.0))
     return Difference(
         value=value,
         low=_rounded(low, value),

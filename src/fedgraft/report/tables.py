@@ -259,20 +259,24 @@ def compute_plot(table: Table, flops: Mapping[str, float]) -> Iterator[Plot]:
     lines |= {
         column: [column] for column in table.columns if flops.get(column) and column not in drawn
     }
+    colours = dict(zip((name for name, ours in lines.items() if ours), cycle(WHEEL), strict=False))
+    came = [column for column in table.columns if flops.get(column) == 0]
+    others = cycle(WHEEL[len(colours) % len(WHEEL) :] + WHEEL)
     levels = [
-        Series(name=column, colour=colour, x=(), y=(table.value(MMLU, column),))
-        for column, colour in zip(
-            (c for c in table.columns if flops.get(c) == 0), cycle(WHEEL), strict=False
+        Series(
+            name=f"{column}, not trained",
+            colour=colours.get(column) or next(others),
+            x=(),
+            y=(table.value(MMLU, column),),
         )
+        for column in came
     ]
     yield Plot(
         title="Figure 2: score against compute",
         svg=figures.curves(
             [
-                _line(name, colour, {flops[c]: table.value(MMLU, c) for c in columns})
-                for (name, columns), colour in zip(
-                    ((n, cs) for n, cs in lines.items() if cs), cycle(WHEEL), strict=False
-                )
+                _line(name, colour, {flops[c]: table.value(MMLU, c) for c in lines[name]})
+                for name, colour in colours.items()
             ],
             levels=levels,
             x_label="FLOPs of all training that the model came of",
