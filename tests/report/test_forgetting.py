@@ -104,7 +104,7 @@ def test_the_arms_of_each_way_are_compared_in_words(page: str) -> None:
 
 def test_a_click_sorts_the_rows_below_the_title_of_each_part(page: str, tmp_path: Path) -> None:
     click = "document.querySelectorAll('thead th')[1].click();"
-    before, by_s1 = (table(after(page, click * n, tmp_path)) for n in (0, 1))
+    before, by_s1 = (table(after(page, click * n, tmp_path)) for n in (0, 2))  # S1 falls as it is
     titles = [place for place, row in enumerate(before) if "earning rate" in row]
     assert [by_s1[place] for place in titles] == [before[place] for place in titles]
     assert by_s1 != before

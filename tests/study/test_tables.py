@@ -203,11 +203,19 @@ def test_the_nearest_table_has_most_of_our_columns(columns: tuple[str, ...], nam
 
 COST = 6.0 * 1000 * 10**8
 """Of the tokens that a side of `lineage` reads."""
+COSTS = {"newer": COST, "tuned": 1e9, "taught": COST / 2, "newer, again": 1e30}
 
 
 def lineage(seeds: tuple[int, ...] = (1, 2)) -> Lineages:
     """A study of table 2 with scores of the paper's benchmarks: two points of a base and grafts."""
-    values = {"L3b": 50.0, "newer@50000000": 52.0, "newer": 54.0, "L3i": 60.0, "tuned": 58.0}
+    values = {
+        "L3b": 50.0,
+        "newer@50000000": 52.0,
+        "newer": 54.0,
+        "L3i": 60.0,
+        "tuned": 58.0,
+        "taught": 57.0,
+    }
     values |= {"L3b+50M+3Lr": 61.0, "L3b+100M+3Lr": 62.0}
     arms = tuple(
         ArmResult(
@@ -227,6 +235,7 @@ def lineage(seeds: tuple[int, ...] = (1, 2)) -> Lineages:
             **{name: Made(made_of=(), words="as it comes") for name in residual},
             "newer": Made(made_of=("L3b",), words="reads", num_tokens=10**8, pretrained=True),
             "tuned": Made(made_of=("newer",), words="tuned on x", num_tokens=10**6),
+            "taught": Made(made_of=("L3b",), words="tuned on x", num_tokens=10**6),
             "L3b+50M+3Lr": Made(made_of=("newer@50000000", *residual), words="plus"),
             "L3b+100M+3Lr": Made(made_of=("newer", *residual), words="plus"),
         },
@@ -245,7 +254,7 @@ def lineage(seeds: tuple[int, ...] = (1, 2)) -> Lineages:
         costs=tuple(
             StageCost(stage=f"{name}, seed {seed}", seconds=1, flops=flops * (1 + seed / 10))
             for seed in seeds
-            for name, flops in (("newer", COST), ("tuned", 1e9), ("newer, again", 1e30))
+            for name, flops in COSTS.items()
         ),
         settings={},
         inputs={},
@@ -257,7 +266,8 @@ def test_the_arms_of_a_study_are_called_as_in_the_paper() -> None:
     asked = asked_of(lineage())
     assert asked
     assert tuple(asked.columns) == (
-        *("L3b", "L3b+50M", "L3b+100M", "L3i", "tuned", "L3b+50M+3Lr", "L3b+100M+3Lr"),
+        *("L3b", "L3b+50M", "L3b+100M", "L3i", "tuned", "taught"),
+        *("L3b+50M+3Lr", "L3b+100M+3Lr"),
     )
     assert asked.table.value(MMLU, "L3b+100M") == pytest.approx(55.5)
     assert [curve.name for curve in curves(asked.table.columns)] == ["L3b", "L3b+3Lr"]
@@ -276,6 +286,7 @@ def test_compute_is_what_the_stages_of_a_model_and_of_what_it_is_made_of_took() 
             "L3b+50M+3Lr": COST / 2 * mean,
             "L3b+100M+3Lr": COST * mean,
             "tuned": (COST + 1e9) * mean,
+            "taught": COST / 2 * mean,
         }
     )
 
