@@ -44,27 +44,15 @@ from fedgraft.selection.coreset import (
     take,
     tell,
 )
-from fedgraft.selection.features import Encoding, features
+from fedgraft.selection.features import features
 from fedgraft.selection.privacy import CentroidPrivacy, centres
-from fedgraft.selection.projection import Map, Points, Projection, project, shared_map
+from fedgraft.selection.projection import Map, Points, project, shared_map
 from fedgraft.text.tasks import load_dolly
 
 DIMENSIONS, TOPICS, BUDGET = 16, 64, 0.015
 SERVERS = ("hdbscan", "k_centre", "facility_location", "private")
-DENSE = Clustering(min_cluster_size=2, min_samples=1)
-OF_DOLLY = {
-    "paper": Selection(
-        projection=Projection(name="tsne", num_dimensions=2, scaling="none"),
-        clustering=Clustering(min_cluster_size=2),
-    ),
-    "aligned, 1.5 %": Selection(
-        encoding=Encoding(pooling="mean"),
-        projection=Projection(name="random", num_dimensions=64),
-        clustering=DENSE,
-        server_clustering=DENSE,
-        budget=BUDGET,
-    ),
-}
+LARGE, PAIRS = Clustering(min_cluster_size=5), Clustering(min_cluster_size=2)
+OF_DOLLY = {"paper": Selection.paper(2), "aligned, 1.5 %": Selection(budget=BUDGET)}
 PRIVACY = CentroidPrivacy(noise_multiplier=1.0, delta=1e-5, max_norm=1.0, num_cells=TOPICS)
 
 
@@ -86,9 +74,9 @@ def selection_of(server: str) -> Selection:
         case "private":
             return Selection(budget=BUDGET, privacy=PRIVACY)
         case "k_centre" | "facility_location":
-            return Selection(budget=BUDGET, server=server)
+            return Selection(budget=BUDGET, clustering=LARGE, server=server)
         case _:
-            return Selection(budget=BUDGET)
+            return Selection(budget=BUDGET, clustering=LARGE, server_clustering=PAIRS)
 
 
 def measure(server: str, num_clients: int, num_examples: int | None) -> dict[str, float]:

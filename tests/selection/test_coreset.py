@@ -17,6 +17,7 @@ from tests.selection.topics import at, clients
 from fedgraft.errors import NonFiniteError, SelectionError
 from fedgraft.selection.clusters import Clustering, Clusters, cells, cluster, k_centre
 from fedgraft.selection.coreset import (
+    DENSE,
     Chosen,
     Method,
     Selection,
@@ -360,9 +361,7 @@ def test_clusters_of_no_example_are_as_if_they_were_not_told(name: str) -> None:
     """So a client that hides small cells tells of all cells, and the server is none the wiser."""
     points, _ = clients(18)
     selection = Selection(**WAYS[name])
-    told = {
-        c: tell(cluster(own, Clustering()), own, selection, seed=0) for c, own in points.items()
-    }
+    told = {c: tell(cluster(own, DENSE), own, selection, seed=0) for c, own in points.items()}
     padded = {
         client: Summary(
             centroids=np.concatenate([one.centroids[:1], one.centroids, ANCHORS[:9]]),
@@ -379,15 +378,13 @@ def test_clusters_of_no_example_are_as_if_they_were_not_told(name: str) -> None:
 def test_where_too_few_examples_are_clustered_all_of_them_are_chosen() -> None:
     points, _ = clients(10)
     found = coreset(points, Selection(method="local", budget=1.0), seed=0)
-    clustered = sum((cluster(own, Clustering()).labels >= 0).sum() for own in points.values())
+    clustered = sum((cluster(own, DENSE).labels >= 0).sum() for own in points.values())
     assert len(found) == clustered < 360
 
 
 def test_a_larger_budget_leaves_every_cluster_what_it_had() -> None:
     points, _ = clients(11)
-    told = {
-        c: tell(cluster(own, Clustering()), own, Selection(), seed=0) for c, own in points.items()
-    }
+    told = {c: tell(cluster(own, DENSE), own, Selection(), seed=0) for c, own in points.items()}
     before = None
     for budget in np.arange(0.01, 1.0, 0.02):
         asked = choose(told, Selection(budget=budget), seed=0)
@@ -448,7 +445,7 @@ def test_coverage_gives_each_of_its_groups_one_and_leaves_no_centroid_far(server
     clustered = {
         int(topics[client][place])
         for client, own in points.items()
-        for place in np.flatnonzero(cluster(own, Clustering()).labels >= 0)
+        for place in np.flatnonzero(cluster(own, DENSE).labels >= 0)
     }
     assert about == clustered
 
@@ -456,7 +453,7 @@ def test_coverage_gives_each_of_its_groups_one_and_leaves_no_centroid_far(server
 def test_with_more_examples_than_centroids_coverage_gives_each_its_share() -> None:
     points, _ = clients(13)
     found = coreset(points, Selection(server="k_centre", budget=0.5), seed=0)
-    told = {client: cluster(own, Clustering()).counts for client, own in points.items()}
+    told = {client: cluster(own, DENSE).counts for client, own in points.items()}
     assert len({one.server_cluster for one in found}) == sum(map(len, told.values()))
     assert len(found) == 180
 
@@ -489,7 +486,7 @@ def test_local_takes_one_of_every_own_cluster_whatever_the_others_have() -> None
     for client, own in points.items():
         alone = places(coreset({client: own}, Selection(method="local"), seed=0))
         assert [place for place in found if place[0] == client] == alone
-        assert len(alone) == cluster(own, Clustering()).num_clusters
+        assert len(alone) == cluster(own, DENSE).num_clusters
 
 
 def test_points_at_the_server_are_the_choice_of_one_client_that_has_them_all() -> None:
@@ -597,7 +594,7 @@ def test_the_server_asks_for_none_of_those_that_are_passed_over() -> None:
     assert found
     gains = gains_of(points)
     for client, own in points.items():
-        labels = cluster(own, Clustering()).labels
+        labels = cluster(own, DENSE).labels
         for number in range(labels.max() + 1):
             (members,) = np.nonzero(labels == number)
             mine = {one.index for one in found if (one.client, one.cluster) == (client, number)}

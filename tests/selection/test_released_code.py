@@ -20,7 +20,7 @@ from fedgraft.selection.clusters import Clustering, cluster
 from fedgraft.selection.coreset import Selection, coreset
 from fedgraft.selection.projection import Points
 
-SELECTION = Selection(clustering=Clustering(min_cluster_size=5))
+SELECTION = Selection.paper(5)
 SEEDS = range(8)
 Picks = list[tuple[str, int]]
 

@@ -86,12 +86,17 @@ SETTINGS: Mapping[Method, tuple[str, ...]] = {
 """What each method asks for, beside `every_round`."""
 UNMET: frozenset[Method] = frozenset({"all", "random", "local"})
 """Methods in which clients' clusters are not compared, so that counts alone are told."""
+DENSE = Clustering(min_cluster_size=2, min_samples=1)
+"""Two points are a cluster where no other is nearer."""
 RIM = 1e-3
 """What a point of strength 0 counts for when a cluster's examples are spread over it."""
 
 
 class Selection(BaseModel):
     """How a federation chooses its coreset, as a federation file says it; see the head of the file.
+
+    What is left out is what found topics best (benchmarks/alignment.py), not what the paper has:
+    clusters of clients of some hundred examples are small.
 
     Raises SelectionError for a number out of its range, and for a setting that the method, or
     another setting, has no use for.
@@ -100,14 +105,14 @@ class Selection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = "federated"
-    encoding: Encoding = Encoding()
-    projection: Projection = Projection()
-    clustering: Clustering = Clustering()
+    encoding: Encoding = Encoding(pooling="mean")
+    projection: Projection = Projection(num_dimensions=64)
+    clustering: Clustering = DENSE
     """Of a client's points; with the method `points`, of all points at the server."""
     server: Literal["hdbscan", "k_centre", "facility_location"] = "hdbscan"
     """How centroids become server clusters. The latter two choose as many centroids as the budget
     has examples, so that the others are near to one of them; each then gets one at least."""
-    server_clustering: Clustering = Clustering(min_cluster_size=2)
+    server_clustering: Clustering = DENSE
     """Of centroids, where the server is hdbscan. What is noise there is not chosen from, unless it
     says noise: singletons."""
     budget: float | None = None
@@ -133,6 +138,7 @@ class Selection(BaseModel):
             encoding=Encoding(layers="all", pooling="last"),
             projection=Projection(name="tsne", num_dimensions=2, scaling="none"),
             clustering=Clustering(min_cluster_size=min_cluster_size),
+            server_clustering=Clustering(min_cluster_size=2),
         )
 
     def model_post_init(self, _: object) -> None:
@@ -190,7 +196,7 @@ class Selection(BaseModel):
             raise SelectionError(
                 "expected either privacy or paper_noise, found both; leave paper_noise out"
             )
-        if self.clustering != Clustering():
+        if self.clustering != type(self).model_fields["clustering"].default:
             raise SelectionError(
                 "expected no clustering with privacy, which has cells in place of clusters, found "
                 f"{self.clustering!r}; leave it out"
