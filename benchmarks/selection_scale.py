@@ -15,7 +15,7 @@ Each figure is from a fresh process. Memory is the most that the process held be
 when the points were made, as Linux counts it; the points are n * 64 bytes. sklearn is imported
 before the clock starts, which counts processor seconds: other work on the machine changes little.
 
-With `--dolly` the 15,011 examples of Dolly belong to 200 clients (Dirichlet(0.5) over their
+With `--dolly` the examples of Dolly belong to 200 clients (Dirichlet(0.5) over their
 categories) and are read by the embedded model: all that a federation does before it trains, as the
 paper has it and as `docs/selection.md` recommends. The paper does it anew in every round.
 """
