@@ -90,8 +90,12 @@ def test_a_dry_run_still_refuses_a_model_or_a_place_that_is_not_there(tmp_path: 
 
 def test_every_file_in_the_guide_to_federations_is_understood() -> None:
     guide = STUDIES[0].parents[1] / "docs" / "federation.md"
-    plan, part, client = re.findall(r"```yaml\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
-    assert FederationFile.model_validate(yaml.safe_load(plan)).plan.clients[0] == "hr-1"
+    found = re.findall(r"```yaml\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    plan, dialogues, part, client = found
+    whole = yaml.safe_load(plan)
+    assert FederationFile.model_validate(whole).plan.clients[0] == "hr-1"
+    spoken = FederationFile.model_validate(whole | yaml.safe_load(dialogues))
+    assert spoken.departments["hr"].dialogues
     federation = FederationPart.model_validate(yaml.safe_load(part)["federation"])
     assert len(federation.rules) == 6
     assert ClientFile.model_validate(yaml.safe_load(client)).name == "hr-1"

@@ -132,6 +132,16 @@ def test_the_numbers_do_not_depend_on_how_they_are_read(
     assert np.concatenate(rows).tobytes() == expected.tobytes()
 
 
+def test_a_row_that_is_missing_right_before_the_first_one_takes_nothing_from_it(
+    base: Path, adapter: Path
+) -> None:
+    """-1 and 0 follow each other as numbers do, and are no run."""
+    adapted = Adapted(base, adapter)
+    whole = adapted.read(f"{UP}.weight")
+    (rows,) = adapted.rows(f"{UP}.weight", np.array([-1, 0, 1, -1]), whole.size)
+    assert np.array_equal(rows.reshape(4, -1), [0 * whole[0], whole[0], whole[1], 0 * whole[0]])
+
+
 def test_a_large_layer_is_merged_group_of_rows_by_group(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(700, 300)).astype(ml_dtypes.bfloat16)

@@ -61,14 +61,15 @@ A study of selection goes on:
 
     seeds              of the study
     words              arm -> what it is; `start` is the model before any training
-    against            the arm that others are compared with
+    against            the arm that those which name no other are compared with
+    rivals             arm -> the arm that it is compared with
     num_examples       of all clients, before any choice
     num_left_out       examples that are longer than a row, and nobody has
     num_test           dialogues of the test
     num_not_asked      those that leave no room for an answer in the model's window
     scored             arm, seed: scores, and what was chosen, at what cost
     summary            arm -> score -> mean and spread over the seeds
-    compared           arm, score: mean difference to `against` over seeds, its standard error
+    compared           arm, score: mean difference to its rival over seeds, its standard error
     mapped             where the examples of the first seed lie, and which were chosen
     partition          which client has how many dialogues of which group, with the first seed
 

@@ -117,7 +117,7 @@ class TensorFiles:
         """Yield the rows `picks` of a tensor in that order, in such blocks; for -1 zeros."""
         info = self.tensors[name]
         width = info.num_elements // info.shape[0]
-        breaks = np.flatnonzero((np.diff(picks) != 1) | (picks[1:] < 0)) + 1
+        breaks = np.flatnonzero((np.diff(picks) != 1) | (picks[:-1] < 0)) + 1
         starts = np.concatenate([[0], breaks, [len(picks)]]).tolist()
         runs = [(a * width, b * width, int(picks[a]) * width) for a, b in pairwise(starts)]
         total = len(picks) * width
