@@ -47,6 +47,12 @@ from fedgraft.weights.residual import Residual
 GRAFT: dict[str, Any] = {"residual": RESIDUAL}
 NEWER: dict[str, Any] = {"from": "base", "pretrain": TRAINING}
 LESSONS: dict[str, Any] = {"lessons": {"file": "place:lessons.jsonl", "scored": 5}}
+THREE: dict[str, Any] = {
+    "newer": NEWER,
+    "graft": {"from": "newer", "graft": GRAFT},
+    "tuned": {"from": "graft", "tune": {**TRAINING, "examples": ["lessons"]}},
+}
+"""Each made of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +245,7 @@ def test_killed_and_resumed_equals_never_killed(
     ran: Ran, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when the weights of the tuned model are written."""
-    models = {
-        "newer": NEWER,
-        "graft": {"from": "newer", "graft": GRAFT},
-        "tuned": {"from": "graft", "tune": {**TRAINING, "examples": ["lessons"]}},
-    }
-    changes = only("graft", "tuned", **models) | {"examples": LESSONS, "seeds": [1]}
+    changes = only("graft", "tuned", **THREE) | {"examples": LESSONS, "seeds": [1]}
 
     def killed(model: Any, tokenizer: Any, folder: Path, **more: Any) -> None:
         if (tmp_path / "out/seed-1/graft/model").exists():
@@ -284,12 +285,7 @@ kinds.run(kinds.load(Path(file), {"place": Path(material)}), Path(out), say=say)
 def test_killed_by_the_system_again_and_again_it_ends_as_if_never_killed(
     ran: Ran, material: Path, tmp_path: Path
 ) -> None:
-    models = {
-        "newer": NEWER,
-        "graft": {"from": "newer", "graft": GRAFT},
-        "tuned": {"from": "graft", "tune": {**TRAINING, "examples": ["lessons"]}},
-    }
-    changes = only("graft", "tuned", **models) | {"examples": LESSONS, "seeds": [1]}
+    changes = only("graft", "tuned", **THREE) | {"examples": LESSONS, "seeds": [1]}
     out = tmp_path / "out"
     file = write_study(out.with_suffix(".yaml"), **changes)
     for last in (2, 1, 2, 1):
