@@ -145,8 +145,7 @@ def _bare_loop(folder: Path, options: argparse.Namespace) -> float:
     import numpy as np
     import torch
 
-    from fedgraft.models import open_model
-    from fedgraft.training.trainer import keep_freed_memory
+    from fedgraft.models import keep_freed_memory, open_model
 
     keep_freed_memory()
     model, rows = open_model(folder / "model").train(), dict(np.load(folder / "rows.npz"))

@@ -1,6 +1,8 @@
 """Models are opened from safetensors alone, and saved with the same bytes each time."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,28 @@ def test_a_model_saved_and_opened_is_the_same(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert open_tokenizer(tmp_path / "one").chat_template == tiny_tokenizer().chat_template
     assert again.generation_config.eos_token_id == [0, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells Linux's C library")
+def test_a_process_that_opened_a_model_takes_the_same_memory_again_without_page_faults(
+    tmp_path: Path,
+) -> None:
+    batches = """
+import resource, sys, torch
+from fedgraft.models import open_model
+
+open_model(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(16 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    source = save_tiny(tmp_path / "source")
+    asked = subprocess.run(
+        [sys.executable, "-c", batches, str(source)], capture_output=True, text=True, check=True
+    )
+    once = 16 * 2**20 * 4 // 4096
+    assert int(asked.stdout) < 2 * once  # given back each time, 20 times as many
 
 
 def test_weights_are_opened_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:

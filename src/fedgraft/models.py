@@ -4,8 +4,10 @@ The only caller of transformers' Auto classes. Weights come from safetensors alo
 with a checkpoint is never run.
 """
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +170,24 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
+
+    Each batch frees and takes the same hundreds of megabytes; mapping them anew costs a page fault
+    for every 4 KB (see docs/performance.md, training and choosing examples).
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, e.g. musl: nothing to tell
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 64 * 2**20)
+
+
 def training_precision() -> Precision:
     """What forward and backward passes are computed in; the weights stay in float32.
 
@@ -183,6 +203,7 @@ def training_precision() -> Precision:
 def _open(auto: type[Any], path: str | Path, dtype: torch.dtype, noun: str) -> "PreTrainedModel":
     _check_directory(path)
     _quiet()
+    keep_freed_memory()
     try:
         model: PreTrainedModel = auto.from_pretrained(
             path,

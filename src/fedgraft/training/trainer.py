@@ -6,10 +6,8 @@ and ends with the same weights as a run that was never killed. Several processes
 the rows of each step; where `sharded`, parameters, gradients and optimizer state too (FSDP2).
 """
 
-import ctypes
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from fedgraft.errors import NonFiniteError, TrainingError
-from fedgraft.models import device, saving, training_precision
+from fedgraft.models import device, keep_freed_memory, saving, training_precision
 from fedgraft.progress import is_first, progress
 from fedgraft.provenance import derive_seed
 from fedgraft.text.packing import Rows
@@ -232,23 +230,6 @@ def _batches(rows: Rows, settings: TrainingSettings) -> tuple[int, int]:
             f"{micro}{of_all}; choose a divisor"
         )
     return rows_per_step, micro
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
-
-    Each step frees and takes the same hundreds of megabytes; mapping them anew costs a page fault
-    for every 4 KB (1.15 times the tokens a second with, see docs/performance.md).
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library, e.g. musl: nothing to tell
-        return
-    m_trim_threshold, m_mmap_max = -1, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @contextmanager
