@@ -61,6 +61,16 @@ def test_the_machine_at_hand_is_measured_when_it_is_asked_for(tmp_path: Path) ->
     assert "(from its config and headers)" in done.output
 
 
+def test_arms_that_do_the_same_work_share_a_column_of_the_plan() -> None:
+    done = fedgraft("study", "plan", STUDIES / "selection.yaml")
+    assert done.exit_code == 0, done.output
+    tables = [line for line in done.output.splitlines() if line.strip().startswith("runs")]
+    # reading; fedit with the four of 5%; the two other budgets; all examples at one place
+    assert [line.split()[1:] for line in tables] == [["5", "1,500", "1,200", "2,100"], ["25"]]
+    names = " ".join(done.output.split())
+    assert all(arm in names for arm in ("fedit", "random-0.5", "coverage-1.5", "pooled-1.5"))
+
+
 def test_a_share_that_cannot_be_is_one_message(tmp_path: Path) -> None:
     file = of_the_pocket(tmp_path)
     assert "at most 1, found 45" in refused(fedgraft("study", "plan", file, "--share", 45))

@@ -1,5 +1,6 @@
 """`quickstart`, `report`, and the verbs of `study`: a question, its arms, and their page."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +12,8 @@ from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import places_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedgraft.study.memory import Memory
     from fedgraft.study.plan import Plan, Training
 
@@ -170,12 +173,12 @@ def _show(plan: "Plan") -> None:
         "machine",
         f"{plan.num_processes} x {machine.name}, {plan.share:.0%} of {rate:.3g} TFLOP/s each",
     )
-    columns = [_facts(training) for training in plan.trainings]
+    columns = _columns(plan.trainings)
     for first in range(0, len(columns), COLUMNS):
         some = columns[first : first + COLUMNS]
         show_table(
-            ("a run", *(one.stage for one in plan.trainings[first : first + COLUMNS])),
-            [(label, *(facts[label] for facts in some)) for label in some[0]],
+            ("a run", *(names for names, _ in some)),
+            [(label, *(facts[label] for _, facts in some)) for label in some[0][1]],
         )
     alike: dict[Memory, list[Training]] = {}
     for training in plan.trainings:
@@ -240,12 +243,26 @@ MEMORY = {
 """The parts of `study.memory.Memory`, in words."""
 
 
+def _columns(trainings: "Sequence[Training]") -> "list[tuple[str, dict[str, str]]]":
+    """Names and facts, those of which every fact is the same in one column, their runs together."""
+    alike: dict[tuple[str, ...], list[Training]] = {}
+    for training in trainings:
+        alike.setdefault(tuple(_facts(training).values()), []).append(training)
+    return [
+        (
+            ", ".join(one.stage for one in some),
+            _facts(replace(some[0], num_runs=sum(one.num_runs for one in some))),
+        )
+        for some in alike.values()
+    ]
+
+
 def _facts(training: "Training") -> dict[str, str]:
     from fedgraft.study.plan import in_words
 
     work = training.operations
     return {
-        "runs": f"{training.num_runs}",
+        "runs": f"{training.num_runs:,}",
         "trained": in_words(training.rank, training.gradient_checkpointing),
         "parameters trained": f"{training.num_trained:,}",
         "precision": training.precision,
