@@ -25,7 +25,7 @@ from fedgraft.provenance import Record
 from fedgraft.testing import TEXT, save_tiny, tiny_model, tiny_tokenizer
 from fedgraft.text.cache import pack_to_disk
 from fedgraft.text.corpus import Document
-from fedgraft.text.packing import Rows
+from fedgraft.text.packing import IGNORED, Rows, pack_pieces
 from fedgraft.training import trainer
 from fedgraft.training.pretrain import continue_pretraining
 from fedgraft.training.settings import TrainingSettings
@@ -84,6 +84,37 @@ def test_documents_in_a_row_do_not_see_each_other_in_the_call_that_trains(
         for begin, end in pairwise(starts):
             alone = untouched(ids[None, begin:end]).logits[0]
             torch.testing.assert_close(logits[begin:end], alone, atol=2e-5, rtol=0)
+
+
+def test_empty_places_at_the_end_of_a_row_are_not_computed_and_change_nothing(
+    tmp_path: Path,
+) -> None:
+    ids = list(range(1, 41))
+    lengths, models = [], []
+    for row_length in (40, 256):
+        rows = pack_pieces([(ids, [IGNORED] * 7 + ids[7:])], row_length, padding=0, seed=0)
+        model = tiny_model()
+        model.register_forward_hook(
+            lambda _model, _args, kwargs, _output: lengths.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        settings = TrainingSettings(num_tokens=160, learning_rate=1e-3, batch_tokens=row_length)
+        outcome = train(model, rows, settings, tmp_path / str(row_length), label="test")
+        assert outcome.num_tokens == 160
+        models.append(model)
+    assert lengths == [40] * 8
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_no_longer_than_what_a_kill_may_cost_leaves_nothing_to_go_on_from(
+    rows: Rows, tmp_path: Path
+) -> None:
+    for every in (4, 1000):
+        settings = SETTINGS.model_copy(update={"checkpoint_every": every})
+        train(tiny_model(), rows, settings, tmp_path / str(every), label="test")
+    assert last_whole(tmp_path / "4")
+    assert not last_whole(tmp_path / "1000")
 
 
 def test_the_same_call_gives_the_same_bytes(checkpoint: Path, rows: Rows, tmp_path: Path) -> None:

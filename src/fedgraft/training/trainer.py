@@ -28,7 +28,7 @@ from fedgraft.errors import NonFiniteError, TrainingError
 from fedgraft.models import device, keep_freed_memory, saving, training_precision
 from fedgraft.progress import is_first, progress
 from fedgraft.provenance import derive_seed
-from fedgraft.text.packing import Rows
+from fedgraft.text.rows import IGNORED, Rows
 from fedgraft.training.processes import num_processes, wait_for_all
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.training.state import last_whole, load_optimizer, load_tensors, save_optimizer
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 NUM_LOSSES = 100
 """Points of the loss curve that are kept."""
+TILE = 8
+"""Rows are cut to a multiple of it, as matrix kernels like."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +190,8 @@ def _arguments(
         fsdp=sharded,
         fsdp_config={"activation_checkpointing": settings.gradient_checkpointing},
         ddp_find_unused_parameters=False,
+        # the Trainer leaves one at the end too: a write as long as the few steps of a client
+        save_strategy="steps" if num_steps > settings.checkpoint_every else "no",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
         logging_steps=max(1, num_steps // NUM_LOSSES),
@@ -267,6 +271,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def floating_point_ops(self, _inputs: Any) -> int:
+        """Not counted here: the Trainer counts all parameters anew at each step for it."""
+        return 0
+
     def create_accelerator_and_postprocess(self) -> None:
         """Shard on CPUs too: accelerate does so on accelerators alone, torch with any of them."""
         super().create_accelerator_and_postprocess()
@@ -343,8 +351,12 @@ def _order(num_rows: int, count: int, seed: int) -> "np.ndarray[Any, Any]":
 
 
 def _collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of a forward pass, up to the last target of any: no loss depends on what comes after."""
+    labels = np.stack([example["labels"] for example in examples])
+    num_used = int(np.flatnonzero((labels != IGNORED).any(0)).max(initial=0)) + 1
+    length = min(labels.shape[1], -(-num_used // TILE) * TILE)
     return {
-        name: torch.from_numpy(np.stack([example[name] for example in examples])).long()
+        name: torch.from_numpy(np.stack([example[name][:length] for example in examples])).long()
         for name in examples[0]
     }
 
