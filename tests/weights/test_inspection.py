@@ -13,6 +13,7 @@ from fedgraft.weights.family import Family
 from fedgraft.weights.graft import graft
 from fedgraft.weights.inspection import (
     LIMIT,
+    LIMIT_AGAINST,
     NEAR,
     NUM_RUNS,
     Figures,
@@ -201,8 +202,17 @@ def test_the_forecast_rests_on_the_mean_strength_in_the_layers(case: Case) -> No
         if tensor.layer is not None and tensor.figures.change and tensor.figures.change.strength
     ]
     assert len(strengths) == 2
-    assert result.forecast == forecast(result.forecast.strength)
-    assert result.forecast.strength == pytest.approx(np.mean(strengths), rel=1e-5)
+    against = [
+        tensor.figures.change.strength / tensor.figures.strength
+        for tensor in result.tensors
+        if tensor.layer is not None and tensor.figures.change and tensor.figures.strength
+        if tensor.figures.change.strength
+    ]
+    assert len(against) == 2
+    told = result.forecast
+    assert told == forecast(told.strength, told.against_residual)
+    assert told.strength == pytest.approx(np.mean(strengths), rel=1e-5)
+    assert told.against_residual == pytest.approx(np.mean(against), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +232,24 @@ def test_a_forecast_says_what_to_expect_and_why(
     assert told.outcome == outcome
     assert words in told.words
     assert f"In {NUM_RUNS} runs of the pocket family" in told.words
+
+
+@pytest.mark.parametrize(
+    ("strength", "against", "outcome", "words"),
+    [
+        (0.09, 0.6, "holds", "9.0% of the base's own, 0.60 times as far as the residual moves it"),
+        (0.09, 3.0, "doubtful", "this residual is weaker than the one that the rule was learned"),
+        (0.2, 0.3, "doubtful", "this residual is stronger than the one that the rule was learned"),
+        (0.09, LIMIT_AGAINST, "doubtful", "it may go either way; evaluate the graft before all"),
+        (0.2, 1.5, "breaks", "expect the graft to lose instructions"),
+    ],
+)
+def test_nothing_is_promised_of_a_residual_that_is_weaker_or_stronger_than_the_known_one(
+    strength: float, against: float, outcome: str, words: str
+) -> None:
+    told = forecast(strength, against)
+    assert told.outcome == outcome
+    assert words in told.words
 
 
 def test_rows_belong_together_by_token_in_whatever_order_they_lie(

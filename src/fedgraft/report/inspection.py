@@ -153,7 +153,7 @@ def _maps(inspection: Inspection) -> Iterator[Map]:
             inspection,
             "How strong is the strongest direction of that change?",
             "Its largest singular value, as a share of the weights' own. The forecast rests on "
-            "the mean of this map.",
+            "the mean of this map, and on how that compares with the residual's strength.",
             lambda figures: figures.change.strength if figures.change else None,
             share,
         )

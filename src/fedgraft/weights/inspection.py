@@ -47,9 +47,10 @@ from fedgraft.weights.residual import Residual
 from fedgraft.weights.workers import each_tensor
 
 NUM_PROBES = 32
-KEPT, LIMIT, NEAR, NUM_RUNS = 0.85, 0.117, 0.15, 24
+KEPT, LIMIT, LIMIT_AGAINST, NEAR, NUM_RUNS = 0.85, 0.117, 0.796, 0.15, 24
 """Share of the instructions kept that counts as held; the strength of the change at which runs of
-the pocket family went from one to the other; the share of it within which nothing is promised."""
+the pocket family went from one to the other, against the weights and against the residual; the
+share of a limit within which nothing is promised."""
 SERIAL = 1 << 18
 """Multiplications up to which OpenBLAS stays on one core; ours are busy already."""
 SMALLEST = 1e-6
@@ -113,6 +114,8 @@ class Forecast(_Record):
     """open: without a newer base nobody can tell."""
     strength: float | None
     """Of the change, the mean over the layers' matrices."""
+    against_residual: float | None
+    """s1(D) / s1(R), the mean over the layers' matrices that moved in both."""
     words: str
 
 
@@ -152,6 +155,10 @@ class _Sums:
     def __add__(self, other: "_Sums") -> "_Sums":
         names = [one.name for one in fields(self)]
         return _Sums(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def pairs(self) -> Iterator[tuple[float, float]]:
+        """Strength of the residual and of the change, for each matrix; none without a change."""
+        return zip(self.strengths, self.change_strengths, strict=False)
 
     def figures(self, *, counted: bool, changed: bool) -> Figures:
         both = math.sqrt(self.residual * self.change)
@@ -371,9 +378,13 @@ def _arranged(
     modules = {name: module_of(name) for name in sums}
     matrices = [name for name in layers if len(infos[name].shape) > 1]
     change = total(matrices).change if matrices else None
+    of_both = [pair for name in matrices for pair in sums[name].pairs()]
     return Inspection(
         inputs=inputs,
-        forecast=forecast(change.strength if change else None),
+        forecast=forecast(
+            change.strength if change else None,
+            _mean([changed / moved for moved, changed in of_both if moved and changed]),
+        ),
         whole=total(sums),
         kinds=grouped(kind_of),
         layers=grouped(layers.__getitem__, layers),
@@ -395,33 +406,51 @@ def _arranged(
     )
 
 
-def forecast(strength: float | None) -> Forecast:
+def forecast(strength: float | None, against_residual: float | None = None) -> Forecast:
     """Say whether the graft will hold, from the strength of the change in the layers' matrices.
 
-    Learned from runs of the pocket family: `benchmarks/forecast.py`, docs/inspection.md.
+    Learned from runs of the pocket family with one residual: `benchmarks/forecast.py`. Residuals of
+    other strength keep more or less than that (`studies/model_selection.yaml`), so nothing is
+    promised where the change is weak against the weights and not against the residual, or the
+    other way round. See docs/inspection.md.
     """
-    low, high = LIMIT * (1 - NEAR), LIMIT * (1 + NEAR)
     rule = (
         f"In {NUM_RUNS} runs of the pocket family the graft kept {KEPT:.0%} of the instructions "
-        f"wherever that was below {low:.1%}, and nowhere above {high:.1%}"
+        f"wherever that was below {LIMIT * (1 - NEAR):.1%}, and nowhere above "
+        f"{LIMIT * (1 + NEAR):.1%}"
     )
     moved = "the strongest direction of the layers' matrices"
     if strength is None:
         words = f"Name a newer base, to see how far continued pre-training moved {moved}. {rule}."
-        return Forecast(outcome="open", strength=None, words=words)
+        return Forecast(outcome="open", strength=None, against_residual=None, words=words)
+    sides = {_side(strength, LIMIT)}
+    beside = ""
+    if against_residual is not None:
+        sides.add(_side(against_residual, LIMIT_AGAINST))
+        beside = f", {against_residual:.2f} times as far as the residual moves it"
     outcome: Literal["holds", "doubtful", "breaks"]
-    if strength < low:
+    if sides == {-1}:
         outcome, expected = "holds", "expect the graft to hold at scale 1"
-    elif strength > high:
+    elif sides == {1}:
         outcome, expected = "breaks", "expect the graft to lose instructions; "
         expected += "pre-train again with a lower learning rate, fewer tokens or more replay"
     else:
         outcome, expected = "doubtful", "it may go either way; evaluate the graft before all else"
+        if sides == {-1, 1}:
+            expected += f" (this residual is {'weaker' if strength < LIMIT else 'stronger'} than "
+            expected += "the one that the rule was learned from)"
     words = (
-        f"Continued pre-training moved {moved} by {strength:.1%} of the base's own, on average: "
-        f"{expected}. {rule}; of larger models nothing was learned yet."
+        f"Continued pre-training moved {moved} by {strength:.1%} of the base's own{beside}, on "
+        f"average: {expected}. {rule}; of larger models nothing was learned yet."
     )
-    return Forecast(outcome=outcome, strength=strength, words=words)
+    return Forecast(
+        outcome=outcome, strength=strength, against_residual=against_residual, words=words
+    )
+
+
+def _side(value: float, limit: float) -> int:
+    """-1 well below a limit, 1 well above it, 0 near it."""
+    return -1 if value < limit * (1 - NEAR) else int(value > limit * (1 + NEAR))
 
 
 def module_of(name: str) -> str:
