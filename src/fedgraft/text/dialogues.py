@@ -179,8 +179,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> tuple[li
         done = len(before) + len(closed)
     ids: list[int] = []
     labels: list[int] = []
-    for piece, is_target in pieces:
-        tokens = tokenizer.encode(piece, add_special_tokens=False)
+    encoded = tokenizer([piece for piece, _ in pieces], add_special_tokens=False)
+    for (_, is_target), tokens in zip(pieces, encoded["input_ids"], strict=True):
         ids += tokens
         labels += tokens if is_target else [IGNORED] * len(tokens)
     labels[0] = IGNORED
