@@ -20,13 +20,14 @@ from fedgraft import federation
 from fedgraft.cli.federate import Board
 from fedgraft.errors import FederationError, StudyError
 from fedgraft.federation import flower, resident
+from fedgraft.federation.asking import Answered, Asked
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import Part, Round
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.message import Question
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Plan
-from fedgraft.federation.rounds import Answered, Asked, run_rounds
+from fedgraft.federation.rounds import run_rounds
 from fedgraft.study.federation import ClientFile, FederationFile, numbered, run
 from fedgraft.study.result import Federation
 

@@ -25,13 +25,14 @@ from tests.federation.clients import (
 from fedgraft.errors import ArtefactError, FederationError, TrainingError
 from fedgraft.evaluation.perplexity import document_perplexity
 from fedgraft.federation.aggregate import Rule
+from fedgraft.federation.asking import Answered, Asked, Event
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History, Round
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.message import Answer, Question
 from fedgraft.federation.plan import Plan
-from fedgraft.federation.rounds import Answered, Asked, Event, run_rounds
+from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored, load_standing
 from fedgraft.federation.update import Size
 from fedgraft.federation.workplace import Workplace

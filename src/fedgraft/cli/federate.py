@@ -21,8 +21,8 @@ from fedgraft.cli.places import places_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fedgraft.federation.asking import Event, Watch
     from fedgraft.federation.history import Part, Round
-    from fedgraft.federation.rounds import Event, Watch
     from fedgraft.study.federation import FederationFile
 
 Out = Annotated[
@@ -174,7 +174,7 @@ def _live(board: "Board") -> "Iterator[Watch]":
 
 
 def _print(event: "Event") -> None:
-    from fedgraft.federation.rounds import Answered, Asked
+    from fedgraft.federation.asking import Answered, Asked
 
     match event:
         case Asked():
@@ -237,7 +237,7 @@ class Board:
         self._rounds: list[str] = []
 
     def told(self, event: "Event") -> None:
-        from fedgraft.federation.rounds import Answered, Asked
+        from fedgraft.federation.asking import Answered, Asked
 
         match event:
             case Asked():

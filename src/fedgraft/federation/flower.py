@@ -77,7 +77,7 @@ from fedgraft.federation.plan import Plan
 from fedgraft.federation.resident import ask
 
 if TYPE_CHECKING:
-    from fedgraft.federation.rounds import Event
+    from fedgraft.federation.asking import Event
 
 ACTION = "question"
 APP = Path(__file__).with_name("app")
@@ -469,7 +469,7 @@ def _rounds(grid: Grid, context: Context) -> None:
 
 def _tell(event: "Event") -> None:
     """A line in the run's log, which `flwr log` shows."""
-    from fedgraft.federation.rounds import Answered, Asked
+    from fedgraft.federation.asking import Answered, Asked
 
     match event:
         case Asked(round=number, phase=phase, clients=clients):

@@ -12,7 +12,7 @@ round says so. Evaluation rides on training: each client scores the adapter that
 that it made, so that a round is one exchange.
 
 With a selection there are two: each client tells the centroids of its examples' clusters, and then
-trains on so many examples of each as the server chose (`selection.coreset`), group by group. A
+trains on so many examples of each as the server chose (`choosing`), group by group. A
 client of which nothing is chosen is not asked to train; a group without any keeps its adapter.
 
 Who was not there at the beginning is asked again in the first round that it is sampled for: how
@@ -34,20 +34,21 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.errors import FederationError, ReportError, SelectionError
+from fedgraft.errors import FederationError, ReportError
 from fedgraft.federation.aggregate import Layer, aggregate, mean_b
-from fedgraft.federation.choice import CENTRES
+from fedgraft.federation.asking import Answered, Asking, Watch, count
+from fedgraft.federation.choosing import Choosing, Chosen, placeless
 from fedgraft.federation.hierarchy import Clusters, mix
 from fedgraft.federation.history import History, Kind, Part, Round, means
-from fedgraft.federation.ledger import Entry, Item, Ledger, Phase, allow
+from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.message import FAULTS, Answer, Exchange, Question, narrowed, widened
 from fedgraft.federation.optimiser import stepped
 from fedgraft.federation.plan import Plan
@@ -60,7 +61,7 @@ from fedgraft.federation.standing import (
     save_standing,
     save_tensors,
 )
-from fedgraft.federation.task import Scored, Task
+from fedgraft.federation.task import Scored
 from fedgraft.federation.update import (
     Factor,
     Size,
@@ -75,10 +76,6 @@ from fedgraft.federation.workplace import Workplace
 from fedgraft.noise import Spent, check_installed
 from fedgraft.provenance import Record, derive_seed, hash_json, new_artefact, told_if_unwritable
 from fedgraft.selection import privacy as cells
-from fedgraft.selection.anchors import anchors
-from fedgraft.selection.coreset import Selection, Summary, choose
-from fedgraft.selection.coreset import check as check_summary
-from fedgraft.selection.projection import Map, project, shared_map
 from fedgraft.training.adapter import write_adapter
 from fedgraft.weights.arithmetic import Floats
 
@@ -88,46 +85,8 @@ NUM_KEPT = 2
 FREE = {"name", "num_rounds", "timeout"}
 """Parts of a plan that may change when a run goes on."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """Questions went out."""
-
-    round: int
-    phase: Phase
-    clients: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """A client's part in a round, as soon as it is known."""
-
-    round: int
-    phase: Phase
-    part: Part
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Coreset:
-    """What was chosen of the clients' examples."""
-
-    round: int
-    """Of the choice."""
-    taken: Mapping[str, tuple[int, ...]]
-    """Client -> how many examples of each of its clusters."""
-    absent: Mapping[str, Part] = field(default_factory=dict)
-    """Clients that told no centroids, and why."""
-
-    def of(self, name: str) -> int:
-        """How many examples of a client."""
-        return sum(self.taken.get(name, ()))
-
-
 Ready = Mapping[tuple[str, Size], Mapping[str, NDArray[Any]]]
 """Group and size -> the tensors that its clients are sent."""
-Event = Asked | Answered | Round
-Watch = Callable[[Event], None]
-"""Told what happens, for a live table."""
 
 
 def run_rounds(
@@ -157,17 +116,17 @@ class _Run:
     def __init__(
         self, exchange: Exchange, plan: Plan, model: str | Path, out: Path, watch: Watch
     ) -> None:
-        self.exchange, self.plan, self.out, self.watch = exchange, plan, out, watch
+        self.plan, self.out = plan, out
         self.workplace = Workplace(model)
         self.model = self.workplace.content_hash
         if plan.privacy or (plan.selection and plan.selection.privacy):
             check_installed()
         self.group_of = {name: group for group, names in plan.groups.items() for name in names}
-        self.ledger = Ledger(out / LEDGER)
+        self.asking = Asking(exchange, plan, self.workplace, Ledger(out / LEDGER), watch)
+        self.choosing = Choosing(self.asking, plan, self.workplace)
         self.trained: set[str] = set()
-        self.coreset: _Coreset | None = None
+        self.coreset: Chosen | None = None
         self.num_examples: dict[str, int] = {}
-        self.laid_out: Map | None = None
         self.excluded: set[str] = set()
         self.unscored: set[str] = set()
         """Clients that hold nothing out."""
@@ -215,7 +174,7 @@ class _Run:
         self.trained = set(record.settings["trained"])
         if chosen := record.settings.get("coreset"):
             taken = {name: tuple(counts) for name, counts in chosen["taken"].items()}
-            self.coreset = _Coreset(round=chosen["round"], taken=taken)
+            self.coreset = Chosen(round=chosen["round"], taken=taken)
         self.standings = {group: load_standing(folder / group) for group in self.plan.groups}
         written = self.out / HISTORY
         if written.exists() and len(history.rounds) == self.plan.num_rounds:
@@ -246,30 +205,32 @@ class _Run:
     def _ask_sizes(self, names: Iterable[str], number: int) -> dict[str, Part]:
         """Find out who can take part; who cannot is named, and not asked again."""
         questions = {
-            name: Question(kind="sizes", round=number, phase="select", settings=self._task(name))
+            name: Question(
+                kind="sizes", round=number, phase="select", settings=self.asking.task(name)
+            )
             for name in names
         }
         parts: dict[str, Part] = {}
         kinds: dict[str, Kind] = {}
-        for answer in self._asked(questions):
-            part = self._part(answer, self._logged(answer, "select", {}))
+        for answer in self.asking.ask(questions):
+            part = self.asking.part(answer, self.asking.logged(answer, "select", {}))
             parts[part.client] = part
             if part.fault in ("other model", "other tokenizer", "no data"):
                 self.excluded.add(part.client)
             if part.counted:
                 told = answer.payload
-                kinds[part.client] = "dialogues" if _int(told, "num_dialogues") else "documents"
+                kinds[part.client] = "dialogues" if count(told, "num_dialogues") else "documents"
                 self.num_examples[part.client] = part.num_examples
-                if _int(told, "num_documents") == part.num_examples:
+                if count(told, "num_documents") == part.num_examples:
                     self.unscored.add(part.client)
-            self.watch(Answered(round=number, phase="select", part=part))
+            self.asking.watch(Answered(round=number, phase="select", part=part))
         if kinds and not number and not self.history.rounds:
             (most, _), *_ = Counter(sorted(kinds.values())).most_common()
             self.history = self.history.model_copy(update={"examples": most})
         for part in self._of_another_kind(parts, kinds):
             parts[part.client] = part
             self.excluded.add(part.client)
-            self.watch(Answered(round=number, phase="select", part=part))
+            self.asking.watch(Answered(round=number, phase="select", part=part))
         left_out = {name: part.num_left_out for name, part in parts.items() if part.num_left_out}
         left_out = {**self.history.left_out, **left_out}
         self.history = self.history.model_copy(update={"left_out": left_out})
@@ -313,8 +274,10 @@ class _Run:
         sampled = self._sampled(number)
         absent = self._still_absent(sampled, number)
         asked = [name for name in sampled if name not in absent]
-        coreset = self._chosen(asked, number)
+        able = {name: n for name, n in self.num_examples.items() if name not in self.excluded}
+        coreset = self.choosing.chosen(asked, number, self.coreset, able)
         if coreset:
+            self.coreset = coreset
             absent |= {name: coreset.absent[name] for name in asked if name in coreset.absent}
             asked = [name for name in asked if coreset.of(name)]
         started = self._start_of_newcomers(asked, number)
@@ -328,12 +291,12 @@ class _Run:
         }
         parts = dict(absent)
         updates: dict[str, list[Update]] = {group: [] for group in self.plan.groups}
-        for answer in self._asked(questions):
+        for answer in self.asking.ask(questions):
             part, update = self._received(answer, number, incoming)
             parts[part.client] = part
             if update:
                 updates[self.group_of[part.client]].append(update)
-            self.watch(Answered(round=number, phase="train", part=part))
+            self.asking.watch(Answered(round=number, phase="train", part=part))
         clock.lap("train")
         kept: dict[str, str] = {}
         for group, found in updates.items():
@@ -362,7 +325,7 @@ class _Run:
         )
         self._write(done, clock)
         shutil.rmtree(incoming)
-        self.watch(self.history.rounds[-1])
+        self.asking.watch(self.history.rounds[-1])
 
     def _sampled(self, number: int) -> list[str]:
         """The clients of a round: the same share of every department, one at least."""
@@ -395,139 +358,19 @@ class _Run:
             for name in self.plan.departments[department]
             if name in self.trained
         ]
-        settings = {name: self._task(name, own=True, sent="B") for name in names}
+        settings = {name: self.asking.task(name, own=True, sent="B") for name in names}
         questions = {
             name: Question(kind="adapter", round=number, phase="select", settings=settings[name])
             for name in names
         }
         found: dict[str, list[Update]] = {}
-        for answer in self._asked(questions):
+        for answer in self.asking.ask(questions):
             update = self._update(answer)
             refused = answer.fault or self._refused(update, number, ("B",))
-            self._logged(answer, "select", {} if refused else _shapes(update))
+            self.asking.logged(answer, "select", {} if refused else _shapes(update))
             if not refused:
                 found.setdefault(self.plan.department_of(answer.client), []).append(update)
         return {department: dict(mean_b(updates)) for department, updates in found.items()}
-
-    def _chosen(self, asked: Iterable[str], number: int) -> _Coreset | None:
-        """Which examples the clients of a round train on, None where they need no server for it.
-
-        Chosen once, it is chosen from all clients, and later from those alone who were not there.
-        """
-        selection = self.plan.selection
-        if selection is None or selection.method == "all":
-            return None
-        before = None if selection.every_round else self.coreset
-        of_choice = before.round if before else number
-        if before:
-            names = [name for name in asked if name not in before.taken]
-        elif selection.every_round:
-            names = list(asked)
-        else:
-            names = sorted(self.num_examples.keys() - self.excluded)
-        absent: dict[str, Part] = {}
-        if selection.method == "random":
-            summaries = {name: _uncut(self.num_examples[name]) for name in names}
-        else:
-            summaries, absent = self._summaries(names, of_choice, selection)
-        taken = dict(before.taken) if before else {}
-        for group, members in self.plan.groups.items():
-            ours = {name: summaries[name] for name in members if name in summaries}
-            seed = derive_seed(self.plan.seed, "choice", group, number)
-            found = choose(ours, selection, seed=seed) if ours else {}
-            taken |= {name: tuple(counts.tolist()) for name, counts in found.items()}
-        self.coreset = _Coreset(round=of_choice, taken=taken, absent=absent)
-        return self.coreset
-
-    def _summaries(
-        self, names: Iterable[str], number: int, selection: Selection
-    ) -> tuple[dict[str, Summary], dict[str, Part]]:
-        """Ask clients for the centroids of their examples; those without, with the reason."""
-        tensors = self._laid_out(selection)
-        num_exchanges = selection.num_exchanges(self.plan.num_rounds)
-        encoder = self.workplace.reader.encoder_hash(selection.encoding)
-        questions = {
-            name: Question(
-                kind="centroids",
-                round=number,
-                phase="select",
-                settings=self._task(
-                    name,
-                    selection=_placeless(selection),
-                    encoder=encoder,
-                    num_exchanges=num_exchanges,
-                ),
-                tensors=tensors,
-            )
-            for name in names
-        }
-        found: dict[str, Summary] = {}
-        absent: dict[str, Part] = {}
-        for answer in self._asked(questions):
-            refused = self._logged(answer, "select", {})
-            if not refused and not answer.fault:
-                summary, refused = self._summary(answer, number, selection)
-                if summary:
-                    found[answer.client] = summary
-            part = self._part(answer, refused)
-            if not part.counted:
-                absent[answer.client] = part
-            self.watch(Answered(round=number, phase="select", part=part))
-        return found, absent
-
-    def _summary(
-        self, answer: Answer, number: int, selection: Selection
-    ) -> tuple[Summary | None, str | None]:
-        """The summary of an answer that passed the gate, or why it is none."""
-        given: Mapping[str, Any] = widened(answer.payload)
-        if answer.round != number:
-            return None, (
-                f"client {answer.client!r}: expected centroids of round {number}, found those of "
-                f"round {answer.round}; an answer counts once"
-            )
-        if not given.keys() >= {"centroids", "counts"}:
-            return None, (
-                f"client {answer.client!r}: expected centroids and counts, found "
-                f"{', '.join(given) or 'nothing'}; use one version of fedgraft everywhere"
-            )
-        found = Summary(
-            centroids=given["centroids"], counts=given["counts"], num_examples=given["num_examples"]
-        )
-        dimensions = 0 if selection.method == "local" else selection.projection.num_dimensions
-        most = self.plan.max_examples
-        try:
-            check_summary(answer.client, found, num_dimensions=dimensions, max_examples=most)
-        except SelectionError as error:
-            return None, str(error)
-        return found, None
-
-    def _laid_out(self, selection: Selection) -> Map:
-        """What every client's points are made by; nothing where a seed is enough.
-
-        Both the map and the centres of cells are made of the anchors, which are public.
-        """
-        projection, privacy = selection.projection, selection.privacy
-        if not projection.needs_anchors and not privacy:
-            return {}
-        if self.laid_out is None:
-            found = self.workplace.reader.features(
-                anchors(), selection.encoding, window=self.plan.window
-            )
-            _, num_layers, hidden = found.shape
-            shared = shared_map(
-                projection,
-                num_layers=num_layers,
-                hidden=hidden,
-                seed=self.plan.seed,
-                anchors=found if projection.needs_anchors else None,
-            )
-            tensors = dict(shared) if projection.needs_anchors else {}
-            if privacy:
-                points = project(found, projection, shared=shared)
-                seed = derive_seed(self.plan.seed, "cells")
-                tensors[CENTRES] = cells.centres(points, privacy.num_cells, seed=seed)
-            self.laid_out = tensors
-        return self.laid_out
 
     def _ready(self, names: Iterable[str]) -> Ready:
         """What groups send to their clients, as it travels: once for all who get the same."""
@@ -543,7 +386,7 @@ class _Run:
         number: int,
         ready: Ready,
         started: Mapping[str, Tensors],
-        coreset: _Coreset | None,
+        coreset: Chosen | None,
     ) -> Question:
         plan = self.plan
         tensors = ready[self.group_of[name], plan.size_of(name)]
@@ -557,14 +400,14 @@ class _Run:
                 mean = narrowed(started.get(plan.department_of(name), {}), plan.wire)
                 tensors = _without(tensors, "B") if name in self.trained else {**tensors, **mean}
                 scored = scored if scored == "graft" else ""
-        settings = self._task(
+        settings = self.asking.task(
             name,
             training=plan.training,
             trained=trained,
             scored=scored,
             proximal=plan.proximal,
             passes=plan.passes,
-            selection=plan.selection and _placeless(plan.selection),
+            selection=plan.selection and placeless(plan.selection),
             choice=coreset.round if coreset else number,
             taken=" ".join(map(str, coreset.taken[name])) if coreset else "",
         )
@@ -582,41 +425,17 @@ class _Run:
             return "graft"
         return "department" if self.plan.share == "department" else "global"
 
-    def _task(self, name: str, **fields: object) -> dict[str, str | int | float | bool]:
-        plan, size = self.plan, self.plan.size_of(name)
-        settings = {
-            "model": self.model,
-            "tokenizer": self.workplace.tokenizer_hash,
-            "seed": plan.seed,
-            "row_length": plan.row_length,
-            "window": plan.window,
-            "rank": size.rank,
-            "alpha": size.alpha,
-            "wire": plan.wire,
-            "prompt": plan.prompt,
-            "sent": "".join(plan.sent),
-        }
-        return Task.model_validate(settings | fields).settings()
-
-    def _asked(self, questions: Mapping[str, Question]) -> Iterable[Answer]:
-        if not questions:
-            return ()
-        first = next(iter(questions.values()))
-        names = tuple(sorted(questions))
-        self.watch(Asked(round=first.round, phase=first.phase, clients=names))
-        return self.exchange.ask(questions, self.plan.timeout)
-
     # ── an answer ────────────────────────────────────────────────────────────────────────────
 
     def _received(self, answer: Answer, number: int, incoming: Path) -> tuple[Part, Update | None]:
         """Look at an answer; an update that counts lies on disk, and is read tensor by tensor."""
         if answer.fault:
-            return self._part(answer, self._logged(answer, "train", {})), None
+            return self.asking.part(answer, self.asking.logged(answer, "train", {})), None
         update = self._update(answer)
         refused = self._refused(update, number, self.plan.sent)
-        unlogged = self._logged(answer, "train", {} if refused else _shapes(update))
+        unlogged = self.asking.logged(answer, "train", {} if refused else _shapes(update))
         refused = refused or unlogged
-        part = self._part(answer, refused)
+        part = self.asking.part(answer, refused)
         if refused:
             return part, None
         file = incoming / f"{update.client}.safetensors"
@@ -653,55 +472,6 @@ class _Run:
         except FederationError as error:
             return str(error)
         return None
-
-    def _logged(
-        self, answer: Answer, phase: Phase, tensors: Mapping[str, tuple[int, ...]]
-    ) -> str | None:
-        """Put an answer into the ledger; why it is none that may leave a client, if it is not."""
-        refused: str | None = None
-        items: tuple[Item, ...] = ()
-        try:
-            if not answer.fault:
-                items = allow(answer.kind, dict(answer.payload), tensors=tensors)
-        except FederationError as error:
-            refused = f"client {answer.client!r}: {error}"
-        self.ledger.append(
-            Entry(
-                round=max(0, answer.round),
-                phase=phase,
-                client=answer.client,
-                kind=answer.kind,
-                items=items,
-                bytes_up=answer.bytes_up,
-                bytes_down=answer.bytes_down,
-                seconds=answer.seconds,
-            )
-        )
-        return refused
-
-    def _part(self, answer: Answer, refused: str | None) -> Part:
-        given: Mapping[str, object] = {} if refused else answer.payload
-        scores = {
-            name.removesuffix("/nats_per_token"): float(value)
-            for name, value in given.items()
-            if name.endswith("/nats_per_token") and isinstance(value, float)
-        }
-        return Part(
-            client=answer.client,
-            department=self.plan.department_of(answer.client),
-            fault=answer.fault,
-            refused=refused,
-            num_examples=_int(given, "num_examples"),
-            num_left_out=_int(given, "num_left_out"),
-            num_scored=_int(given, "num_scored" if answer.kind == "adapter" else "num_tokens"),
-            scores=scores if answer.kind != "sizes" else {},
-            loss=_float(given, "loss"),
-            seconds_training=_float(given, "seconds") or 0.0,
-            seconds_scoring=_float(given, "seconds_scoring") or 0.0,
-            seconds=answer.seconds,
-            bytes_up=answer.bytes_up,
-            bytes_down=answer.bytes_down,
-        )
 
     # ── an aggregation ───────────────────────────────────────────────────────────────────────
 
@@ -855,7 +625,9 @@ class _Run:
         selection = self.plan.selection
         if selection is None or selection.privacy is None:
             return None
-        told = Counter(entry.client for entry in self.ledger.entries if entry.kind == "centroids")
+        told = Counter(
+            entry.client for entry in self.asking.ledger.entries if entry.kind == "centroids"
+        )
         return cells.spent(
             selection.privacy,
             max(told.values(), default=0),
@@ -886,13 +658,13 @@ class _Run:
         questions = {name: self._scoring_question(name, number, ready) for name in names}
         last = {part.client: part.scores.get("client") for part in self.history.rounds[-1].parts}
         final = []
-        for answer in self._asked(questions):
-            part = self._part(answer, self._logged(answer, "evaluate", {}))
+        for answer in self.asking.ask(questions):
+            part = self.asking.part(answer, self.asking.logged(answer, "evaluate", {}))
             own = last.get(part.client)
             if own is not None and part.counted:
                 part = part.model_copy(update={"scores": {**part.scores, "client": own}})
             final.append(part)
-            self.watch(Answered(round=number, phase="evaluate", part=part))
+            self.asking.watch(Answered(round=number, phase="evaluate", part=part))
         parts = tuple(sorted(final, key=lambda part: part.client))
         self.history = self.history.model_copy(update={"final": parts})
         self.history.write(self.out / HISTORY)
@@ -919,7 +691,7 @@ class _Run:
             kind="scores",
             round=number,
             phase="evaluate",
-            settings=self._task(name, scored=self._scored(number)),
+            settings=self.asking.task(name, scored=self._scored(number)),
             tensors=ready[self.group_of[name], self.plan.size_of(name)],
         )
 
@@ -947,21 +719,6 @@ def _load_history(file: Path) -> History:
         ) from error
 
 
-def _placeless(selection: Selection) -> Selection:
-    """A selection as it travels: a folder of this machine says nothing on another."""
-    encoding = selection.encoding.model_copy(update={"encoder": None})
-    return selection.model_copy(update={"encoding": encoding})
-
-
-def _uncut(num_examples: int) -> Summary:
-    """All examples of a client in one cluster, for a draw."""
-    return Summary(
-        centroids=np.zeros((min(1, num_examples), 0), np.float32),
-        counts=np.full(min(1, num_examples), num_examples),
-        num_examples=num_examples,
-    )
-
-
 def _moved(update: Update, starts: Mapping[Size, Tensors], name: str) -> Floats:
     return update.tensors[name] - starts[update.size][name]
 
@@ -972,13 +729,3 @@ def _without(tensors: Mapping[str, NDArray[Any]], factor: Factor) -> dict[str, N
 
 def _shapes(update: Update) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in update.tensors.items()}
-
-
-def _int(given: Mapping[str, object], key: str) -> int:
-    value = given.get(key)
-    return value if type(value) is int else 0
-
-
-def _float(given: Mapping[str, object], key: str) -> float | None:
-    value = given.get(key)
-    return value if type(value) is float else None

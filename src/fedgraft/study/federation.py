@@ -33,11 +33,12 @@ from pydantic import (
 )
 
 from fedgraft.errors import FedgraftError, StudyError
+from fedgraft.federation.asking import Watch
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import Name, Plan, Settings
-from fedgraft.federation.rounds import HISTORY, LEDGER, Watch
+from fedgraft.federation.rounds import HISTORY, LEDGER
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_tokenizer
 from fedgraft.study.material import (

@@ -43,21 +43,14 @@ from fedgraft.evaluation.scorecard import (
     ROUGE_L_LEGACY,
     evaluate,
 )
+from fedgraft.federation.asking import Answered, Event, Watch
 from fedgraft.federation.choice import all_chosen, last_labels
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import ORGANISATION, Name, Plan, Settings
-from fedgraft.federation.rounds import (
-    ADAPTERS,
-    HISTORY,
-    LEDGER,
-    Answered,
-    Event,
-    Watch,
-    run_rounds,
-)
+from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_rounds
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.progress import progress

@@ -13,21 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, evaluate
+from fedgraft.federation.asking import Answered, Event, Watch
 from fedgraft.federation.client import Client
 from fedgraft.federation.history import History, Kind
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.partition import Partition, summarise
 from fedgraft.federation.plan import ORGANISATION, Plan
-from fedgraft.federation.rounds import (
-    ADAPTERS,
-    HISTORY,
-    LEDGER,
-    Answered,
-    Event,
-    Watch,
-    run_rounds,
-)
+from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model
