@@ -23,6 +23,7 @@ from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
 from fedgraft.selection.coreset import Selection
+from fedgraft.selection.reader import Reader
 from fedgraft.testing import save_tiny
 
 NUM = {"finance-1": 14, "finance-2": 9, "hr-1": 18, "hr-2": 12}
@@ -94,6 +95,28 @@ def test_the_budget_of_a_department_is_met_and_examples_are_the_clients_own(
             assert places == sorted(set(places))
             assert places[0] >= 0
             assert places[-1] < NUM[part.client]
+
+
+def test_a_client_reads_its_examples_once_for_all_rounds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, int]] = []
+    for name in ("features", "gains"):
+        made = getattr(Reader, name)
+
+        def counted(
+            self: Reader, examples: Any, *args: Any, made: Any = made, name: str = name, **kw: Any
+        ) -> Any:
+            read.append((name, len(examples)))
+            return made(self, examples, *args, **kw)
+
+        monkeypatch.setattr(Reader, name, counted)
+    history = run(model, tmp_path, asked({**ALIGNED, "quality": 0.2}, num_rounds=3))
+    assert len(history.rounds) == 3
+    assert all(sum(done.chosen.values()) for done in history.rounds)
+    assert sorted(read) == sorted(
+        (name, num) for name in ("features", "gains") for num in NUM.values()
+    )
 
 
 def test_the_paper_takes_one_example_of_each_server_cluster(model: Path, tmp_path: Path) -> None:

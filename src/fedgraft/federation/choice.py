@@ -8,9 +8,10 @@
 Where an example is not to be chosen again (`Selection.repeat`), the places that were trained on in
 earlier rounds say which are left: those alone become clusters.
 
-Features are those of the model without any adapter, so they are made once. Points and clusters of a
-choice are kept too, two choices of them: the second question is about the clusters of the first,
-also after the client's process was started anew. All of it stays in the client's folder:
+Features, and what an answer gains by its prompt, are those of the model without any adapter, so
+they are made once. Points and clusters of a choice are kept too, two choices of them: the second
+question is about the clusters of the first, also after the client's process was started anew. All
+of it stays in the client's folder:
 
     features/               see `selection.features`
     choice-NNNN.safetensors points and clusters of the choice of a round
@@ -30,6 +31,7 @@ from fedgraft.errors import FederationError
 from fedgraft.federation.standing import Stored, save_tensors
 from fedgraft.selection.clusters import NOISE, Clusters
 from fedgraft.selection.coreset import Indices, Selection, Summary, grouped, take, tell
+from fedgraft.selection.features import Encoding, Features
 from fedgraft.selection.projection import Map, Points, project, shared_map
 from fedgraft.text.dialogues import Template
 from fedgraft.text.examples import Examples
@@ -129,6 +131,8 @@ class Choice:
         """
         self._examples, self._workplace, self._folder = examples, workplace, folder
         self._features = features or folder / FEATURES
+        self._read: dict[tuple[Encoding, int, Template], Features] = {}
+        self._gains: dict[tuple[int, Template], NDArray[np.float32]] = {}
 
     def told(self, selection: Selection, tensors: Map, draw: Draw) -> Summary:
         """Cluster the examples, keep that, and return what the server learns.
@@ -151,9 +155,7 @@ class Choice:
                 break
         gains = None
         if selection.quality:
-            gains = self._workplace.reader.gains(
-                self._examples, window=draw.window, prompt=draw.prompt
-            )[places]
+            gains = self._gains_of_all(draw)[places]
         _Made(places=places, points=points, clusters=clusters, gains=gains).save(
             self._file(draw.number)
         )
@@ -207,14 +209,29 @@ class Choice:
                 times[json.loads(file.read_text(encoding="utf-8"))] += 1
         return times
 
+    def _of_all(self, encoding: Encoding, draw: Draw) -> Features:
+        """Features of all examples; even to find them on disk takes encoding every example."""
+        key = encoding, draw.window, draw.prompt
+        if key not in self._read:
+            self._read[key] = self._workplace.reader.features(
+                self._examples,
+                encoding,
+                window=draw.window,
+                prompt=draw.prompt,
+                folder=self._features,
+            )
+        return self._read[key]
+
+    def _gains_of_all(self, draw: Draw) -> NDArray[np.float32]:
+        key = draw.window, draw.prompt
+        if key not in self._gains:
+            self._gains[key] = self._workplace.reader.gains(
+                self._examples, window=draw.window, prompt=draw.prompt
+            )
+        return self._gains[key]
+
     def _points(self, selection: Selection, shared: Map, draw: Draw, places: Indices) -> Points:
-        features = self._workplace.reader.features(
-            self._examples,
-            selection.encoding,
-            window=draw.window,
-            prompt=draw.prompt,
-            folder=self._features,
-        )
+        features = self._of_all(selection.encoding, draw)
         projection = selection.projection
         if projection.aligned and not shared:
             _, num_layers, hidden = features.shape
