@@ -30,7 +30,7 @@ from fedgraft.federation.client import Client
 from fedgraft.federation.history import History, Round
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
-from fedgraft.federation.message import Answer, Question
+from fedgraft.federation.message import FAULTS, Answer, Question
 from fedgraft.federation.plan import Plan
 from fedgraft.federation.rounds import run_rounds
 from fedgraft.federation.standing import Stored, load_standing
@@ -475,9 +475,11 @@ def test_a_client_with_another_model_is_refused_by_hash_before_training(
     found = clients(model, tmp_path / "state")
     found[0] = client("finance-1", Workplace(other), tmp_path / "state")
     events: list[Event] = []
-    run_rounds(InProcess(found), plan(num_rounds=1), model, tmp_path / "out", watch=events.append)
+    settings = plan(num_rounds=1)
+    history = run_rounds(InProcess(found), settings, model, tmp_path / "out", watch=events.append)
     faults = [(e.phase, e.part.client) for e in events if isinstance(e, Answered) and e.part.fault]
     assert faults == [("select", "finance-1")]
+    assert history.excluded == {"finance-1": FAULTS["other model"]}
     asked = [e.clients for e in events if isinstance(e, Asked) and e.phase == "train"]
     assert asked == [("finance-2", "hr-1", "hr-2")]
 
@@ -624,5 +626,6 @@ def test_one_client_with_dialogues_among_documents_is_refused_by_name_and_the_ot
         "client 'hr-2': expected documents, as most clients have, found dialogues; let it take "
         "part in a federation of its own"
     }
+    assert history.excluded == {"hr-2": refused.pop()}
     assert history.examples == "documents"
     assert [part.client for part in history.rounds[0].parts] == ["finance-1", "finance-2", "hr-1"]

@@ -17,10 +17,12 @@ from tests.report.example import (
 from tests.report.pages import only_sorts
 from tests.report.test_page import text_of
 
+from fedgraft.federation.message import FAULTS
 from fedgraft.noise import Spent
 from fedgraft.report.departments import LABELS, PARTS, learning, time_split
 from fedgraft.report.page import render, write_report
 from fedgraft.report.words import size
+from fedgraft.study.federation import verdict as federation_verdict
 from fedgraft.study.result import ALL, NATS, RULE_WORDS, Departments
 
 SPENT = Spent(
@@ -155,6 +157,29 @@ def test_what_a_client_did_not_answer_is_counted_by_name(page: str, run_page: st
     assert "FedAvg 2 hr hr: expected updates of 3 of 3 clients, found 2" in text
     every = part(text_of(page), "Faults and refusals", "How it was made")
     assert every.count("finance-1 late 1") == len(example_departments().federations)
+
+
+def test_clients_that_took_no_part_are_named_on_the_page_with_the_reason() -> None:
+    result = example_federation()
+    reasons = {
+        "hr-3": FAULTS["other model"],
+        "hr-4": "client 'hr-4': expected documents, as most clients have, found dialogues",
+    }
+    history = result.history.model_copy(
+        update={
+            "rounds": tuple(r for r in result.history.rounds if r.number != 2),
+            "excluded": reasons,
+        }
+    )
+    page = render(
+        result.model_copy(update={"history": history, "verdict": federation_verdict(history)})
+    )
+    text = text_of(page)
+    assert "hr-3, hr-4 took no part, for the reasons below. Every answer of the others was" in text
+    told = part(text, "Faults and refusals", "How it was made")
+    assert "Who cannot take part at all was asked once." in told
+    assert f"FedAvg hr-3 {reasons['hr-3']} in all" in told
+    assert "FedAvg hr-4 expected documents, as most clients have, found dialogues in all" in told
 
 
 def test_a_run_in_which_all_answers_counted_says_so() -> None:

@@ -101,6 +101,8 @@ class History(_Record):
     examples: Kind = "documents"
     left_out: dict[str, int] = {}
     """Client -> dialogues that are longer than a row, and take no part."""
+    excluded: dict[str, str] = {}
+    """Client -> why it took no part in any round, in the server's words."""
     rounds: tuple[Round, ...] = ()
     final: tuple[Part, ...] = ()
     """The last adapters, scored by every client."""

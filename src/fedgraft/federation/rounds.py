@@ -127,7 +127,8 @@ class _Run:
         self.trained: set[str] = set()
         self.coreset: Chosen | None = None
         self.num_examples: dict[str, int] = {}
-        self.excluded: set[str] = set()
+        self.excluded: dict[str, str] = {}
+        """Clients that can never take part, and why."""
         self.unscored: set[str] = set()
         """Clients that hold nothing out."""
         self.standings: dict[str, Standing] = {}
@@ -216,7 +217,7 @@ class _Run:
             part = self.asking.part(answer, self.asking.logged(answer, "select", {}))
             parts[part.client] = part
             if part.fault in ("other model", "other tokenizer", "no data"):
-                self.excluded.add(part.client)
+                self.excluded[part.client] = FAULTS[part.fault]
             if part.counted:
                 told = answer.payload
                 kinds[part.client] = "dialogues" if count(told, "num_dialogues") else "documents"
@@ -229,11 +230,12 @@ class _Run:
             self.history = self.history.model_copy(update={"examples": most})
         for part in self._of_another_kind(parts, kinds):
             parts[part.client] = part
-            self.excluded.add(part.client)
+            self.excluded[part.client] = part.refused or ""
             self.asking.watch(Answered(round=number, phase="select", part=part))
         left_out = {name: part.num_left_out for name, part in parts.items() if part.num_left_out}
         left_out = {**self.history.left_out, **left_out}
-        self.history = self.history.model_copy(update={"left_out": left_out})
+        changed = {"left_out": left_out, "excluded": dict(sorted(self.excluded.items()))}
+        self.history = self.history.model_copy(update=changed)
         return parts
 
     def _of_another_kind(
@@ -332,7 +334,7 @@ class _Run:
         rng = np.random.default_rng(derive_seed(self.plan.seed, "sample", number))
         asked: list[str] = []
         for names in self.plan.departments.values():
-            able = sorted(set(names) - self.excluded)
+            able = sorted(set(names) - self.excluded.keys())
             count = max(1, round(self.plan.sampled * len(able)))
             asked += rng.permutation(able)[:count].tolist()
         return sorted(asked)
@@ -653,7 +655,8 @@ class _Run:
                 ),
                 overwrite=True,
             )
-        names = [name for name in self.plan.clients if name not in self.excluded | self.unscored]
+        silent = self.excluded.keys() | self.unscored
+        names = [name for name in self.plan.clients if name not in silent]
         ready = self._ready(names)
         questions = {name: self._scoring_question(name, number, ready) for name in names}
         last = {part.client: part.scores.get("client") for part in self.history.rounds[-1].parts}

@@ -556,9 +556,14 @@ def heat(partition: Holdings) -> list[tuple[str, str, list[tuple[str, str]], int
     ]
 
 
-def _refusals(federations: Sequence[Together]) -> Iterator[tuple[str, str, str, int]]:
-    """Federation, client, fault or reason, how often: every answer that did not count."""
+def _refusals(federations: Sequence[Together]) -> Iterator[tuple[str, str, str, int | None]]:
+    """Federation, client, fault or reason, how often: every answer that did not count.
+
+    None: who was not asked again, since it cannot take part.
+    """
     for one in federations:
+        for client, reason in one.history.excluded.items():
+            yield _name(one, federations), client, _reason(reason), None
         found = Counter(
             (part.client, part.fault or _reason(part.refused))
             for done in one.history.rounds

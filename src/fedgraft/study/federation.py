@@ -377,8 +377,14 @@ def verdict(history: History) -> str:
             f"In {len(kept)} of {len(history.rounds)} rounds an adapter stayed as it was, for the "
             "reasons below."
         )
+    if history.excluded:
+        names = ", ".join(history.excluded)
+        sentences.append(f"{names} took no part, for the reasons below.")
     lost = sum(not part.counted for done in history.rounds for part in done.parts)
-    sentences.append(f"{lost} answers did not count." if lost else "Every answer was taken.")
+    of_others = " of the others" if history.excluded else ""
+    sentences.append(
+        f"{lost} answers did not count." if lost else f"Every answer{of_others} was taken."
+    )
     if history.privacy:
         spent = history.privacy
         sentences.append(
