@@ -356,10 +356,11 @@ def test_a_residual_goes_where_it_does_not_belong_where_that_is_asked_for(
         "crossed": {"from": "stranger", "graft": {**GRAFT, "any_parent": True}},
         "s1": {"from": "instruct", "pretrain": TRAINING},
         "again": {"from": "s1", "graft": {**GRAFT, "any_parent": True, "again": True}},
+        "taught": {"from": "base", "tune": {**TRAINING, "examples": ["lessons"]}},
+        "second": {"from": "s1", "graft": {"residual": ["base", "taught"], "any_parent": True}},
     }
-    found = run_small(
-        material, tmp_path / "out", seeds=[1], **only("crossed", "again", "s1", **models)
-    )
+    changes = only("crossed", "again", "second", "s1", **models) | {"examples": LESSONS}
+    found = run_small(material, tmp_path / "out", seeds=[1], **changes)
     assert found.scores("again") != found.scores("s1")
     assert [one.arm for one in found.result.forecasts] == ["crossed"]
 

@@ -347,3 +347,17 @@ def test_the_guide_names_every_setting_of_a_recipe() -> None:
         *VERBS,
     }
     assert {name for name in own if f"`{name}" not in section} == set()
+
+
+def test_what_was_tuned_or_grafted_or_comes_from_an_instruct_model_has_instructions(
+    load: Any,
+) -> None:
+    changes = with_models(
+        *("s1", "graft", "later", "stranger"),
+        derived={"from": "base", "tune": {**TRAINING, "examples": ["lessons"]}},
+        later={"from": "derived", "pretrain": TRAINING},
+        stranger={"from": "instruct", "fresh": {}},
+    )
+    study = load(**changes, examples={"lessons": {"file": "place:lessons.jsonl"}})
+    assert not any(map(study.has_instructions, ("base", "newer", "stranger")))
+    assert all(map(study.has_instructions, ("instruct", "s1", "derived", "later", "graft")))

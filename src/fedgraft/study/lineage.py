@@ -431,7 +431,7 @@ class _Lineages(Stages):
         if not isinstance(recipe, Recipe) or not recipe.graft:
             return None
         added = recipe.graft
-        if not added.is_plain:
+        if not added.is_plain or self.study.has_instructions(recipe.parent):
             return None
         residual = self._residual(added, seed, in_form=False)
         base, target = self._model(added.residual[0], seed), self._model(recipe.parent, seed)

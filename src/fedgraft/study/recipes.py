@@ -331,6 +331,15 @@ class LineageStudy(StudyFile):
         if isinstance(recipe, Recipe) and not recipe.fresh:
             yield from self.ancestors(recipe.parent)
 
+    def has_instructions(self, ref: str) -> bool:
+        """Whether a model was tuned or grafted, or is the instruct side of a residual, or comes
+        from one that was."""
+        grafts = [one.graft for one in self.recipes.values() if one.graft]
+        instruct = {model_of(one.residual[1]) for one in grafts}
+        lineage = [model_of(one) for one in self.ancestors(ref)]
+        known = [self.recipes[name] for name in lineage if name in self.recipes]
+        return not instruct.isdisjoint(lineage) or any(one.tune or one.graft for one in known)
+
     def is_seeded(self, ref: str) -> bool:
         """Whether each seed makes another one."""
         recipe = self.models[model_of(ref)]
