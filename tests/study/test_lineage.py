@@ -606,7 +606,7 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
     for part in (
         "By prompts followed in full, many is best, with 90.2% (90.1% to 90.3%).",
         "graft has 80.2% (80.1% to 80.3%).",
-        "Example by example against graft, many is better; s1, few are worse (95% intervals over 9",
+        "Example by example against graft, s1 is worse (95% intervals over 9",
         "S2 is level with graft from 1,000 on (dialogues).",
         "Of 2 grafts that inspection made a forecast for, before they were asked anything, 1 came",
     ):
@@ -619,4 +619,7 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
     ):
         line = {"S2": tuple((float(at), arm) for at, arm in enumerate(points))}
         assert words in verdict(study, summary, (), line, ())
+    alike = {name: ((10.0, arm),) for name, arm in (("S2", "few"), ("S1", "s1"), ("on", "many"))}
+    told = verdict(study, summary, (), alike, ())
+    assert "S2, S1 fall short of graft at every point (dialogues). on is level with" in told
     assert verdict(study, {}, (), {}, ()).startswith("The study's score was not taken")

@@ -667,7 +667,8 @@ def verdict(
     forecasts: Sequence[Forecast],
 ) -> str:
     """A few sentences that follow from the figures by rule: which arm is best, what is told
-    apart from the arm `against`, where lines are level with it, and whether forecasts came true."""
+    apart from the arm `against`, where lines are level with it (their arms are not told one by
+    one), and whether forecasts came true."""
     values = {arm: found[study.score] for arm, found in summary.items() if study.score in found}
     if not values:
         return "The study's score was not taken, so that nothing can be said about it."
@@ -680,11 +681,17 @@ def verdict(
     if reference:
         if best != study.against:
             sentences.append(f"{study.against} has {_told(reference)}.")
-        if told := told_of(study.score, comparisons):
+        on_lines = {arm for points in lines.values() for _, arm in points}
+        alone = [one for one in comparisons if one.arm not in on_lines]
+        if told := told_of(study.score, alone):
             sentences.append(told)
-    for line, points in lines.items():
-        if reference:
-            sentences.append(_reached(study, line, points, values, reference))
+        reached: dict[tuple[str, str], list[str]] = {}
+        for line, points in lines.items():
+            reached.setdefault(_reached(points, values, reference), []).append(line)
+        for (verb, where), named in reached.items():
+            verb = verb if len(named) == 1 else PLURAL[verb]
+            where = where.format(study.against)
+            sentences.append(f"{', '.join(named)} {verb} {where} ({study.axis}).")
     promised = [one for one in forecasts if one.outcome in ("holds", "breaks")]
     known = [one for one in promised if one.kept is not None]
     if known and study.score == FOLLOWED:
@@ -696,30 +703,28 @@ def verdict(
     return " ".join(sentences)
 
 
+PLURAL = {"is": "are", "falls": "fall"}
+
+
 def _reached(
-    study: LineageStudy,
-    line: str,
-    points: Sequence[tuple[float, str]],
-    values: Mapping[str, Summary],
-    reference: Summary,
-) -> str:
-    """Where a line is level with the arm that others are compared with, by means over seeds."""
+    points: Sequence[tuple[float, str]], values: Mapping[str, Summary], reference: Summary
+) -> tuple[str, str]:
+    """Where a line is level with the arm that others are compared with ({}), by means over
+    seeds: a verb of one line, and the rest of the sentence."""
     sign = 1 if reference.unit == "share" else -1
     scored = [(at, arm) for at, arm in points if arm in values]
     level = [sign * values[arm].mean >= sign * reference.mean for _, arm in scored]
     places = [f"{at:,.0f}" if at == int(at) else f"{at:g}" for at, _ in scored]
     if not any(level):
-        where = f"falls short of {study.against} at every point"
-    elif all(level):
-        where = f"is level with {study.against} or above it at every point"
-    elif level == sorted(level):
-        where = f"is level with {study.against} from {places[level.index(True)]} on"
-    elif level == sorted(level, reverse=True):
-        where = f"is level with {study.against} up to {places[level.index(False) - 1]}"
-    else:
-        at = ", ".join(place for place, reached in zip(places, level, strict=True) if reached)
-        where = f"is level with {study.against} at {at}"
-    return f"{line} {where} ({study.axis})."
+        return "falls", "short of {} at every point"
+    if all(level):
+        return "is", "level with {} or above it at every point"
+    if level == sorted(level):
+        return "is", f"level with {{}} from {places[level.index(True)]} on"
+    if level == sorted(level, reverse=True):
+        return "is", f"level with {{}} up to {places[level.index(False) - 1]}"
+    at = ", ".join(place for place, is_level in zip(places, level, strict=True) if is_level)
+    return "is", f"level with {{}} at {at}"
 
 
 def _told(summary: Summary) -> str:
