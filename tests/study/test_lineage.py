@@ -27,6 +27,7 @@ from tests.study.lineages import (
 )
 
 from fedgraft.errors import ResidualError, StudyError
+from fedgraft.evaluation.benchmarks import PAPER_ROWS
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, Score, Scorecard, evaluate
 from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.provenance import RECORD, Record
@@ -622,4 +623,11 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
     alike = {name: ((10.0, arm),) for name, arm in (("S2", "few"), ("S1", "s1"), ("on", "many"))}
     told = verdict(study, summary, (), alike, ())
     assert "S2, S1 fall short of graft at every point (dialogues). on is level with" in told
+    level = dict.fromkeys(summary, summary["graft"])
+    assert verdict(study, level, (), {}, ()).startswith(
+        "By prompts followed in full, all are level, with 80.2% (80.1% to 80.3%)."
+    )
+    asked = study.model_copy(update={"score": PAPER_ROWS["IFEval", "PLS_acc"]})
+    scored = {arm: {asked.score: found[FOLLOWED]} for arm, found in summary.items()}
+    assert verdict(asked, scored, (), {}, ()).startswith("By IFEval PLS_acc, many is best, with")
     assert verdict(study, {}, (), {}, ()).startswith("The study's score was not taken")

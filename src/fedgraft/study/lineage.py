@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fedgraft.errors import StudyError
-from fedgraft.evaluation.benchmarks import chosen
+from fedgraft.evaluation.benchmarks import PAPER_ROWS, chosen
 from fedgraft.evaluation.knowledge import load_questions
 from fedgraft.evaluation.scorecard import FOLLOWED, RESPONSE_NATS, RIGHT_AND_FOLLOWED, Scorecard
 from fedgraft.models import fresh_model, open_model, open_tokenizer, save_model
@@ -675,11 +675,16 @@ def verdict(
     share = next(iter(values.values())).unit == "share"
     better = max if share else min
     best = better(values, key=lambda arm: values[arm].mean)
-    words = WORDS.get(study.score, study.score)
-    sentences = [f"By {words}, {best} is best, with {_told(values[best])}."]
+    benchmarks = {score: " ".join(row) for row, score in PAPER_ROWS.items()}
+    words = (benchmarks | WORDS).get(study.score, study.score)
+    tied = [arm for arm, found in values.items() if found.mean == values[best].mean]
+    if len(tied) == len(values) > 1:
+        sentences = [f"By {words}, all are level, with {_told(values[best])}."]
+    else:
+        sentences = [f"By {words}, {best} is best, with {_told(values[best])}."]
     reference = study.against and values.get(study.against)
     if reference:
-        if best != study.against:
+        if study.against not in (best, *tied):
             sentences.append(f"{study.against} has {_told(reference)}.")
         on_lines = {arm for points in lines.values() for _, arm in points}
         alone = [one for one in comparisons if one.arm not in on_lines]
