@@ -228,8 +228,8 @@ def test_what_all_examples_were_drawn_for_is_drawn_again(model: Path, tmp_path: 
 
 
 def test_an_aligned_map_would_choose_the_same_again(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "same", asked(ALIGNED))
-    run(model, tmp_path / "new", asked({**ALIGNED, "repeat": False}))
+    run(model, tmp_path / "same", asked({**ALIGNED, "repeat": True}))
+    run(model, tmp_path / "new", asked(ALIGNED))
     assert chosen(tmp_path / "same", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 2)
     assert chosen(tmp_path / "new", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 1)
     assert not set(chosen(tmp_path / "new", "hr-1", 1)) & set(chosen(tmp_path / "new", "hr-1", 2))

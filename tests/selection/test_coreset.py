@@ -616,6 +616,23 @@ def test_chance_draws_first_what_was_drawn_least_often() -> None:
         assert sorted(times[list(drawn)]) == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "repeats"),
+    [
+        ({}, False),
+        ({"method": "random", "budget": 0.1}, False),
+        ({"repeat": True}, True),
+        ({"method": "all"}, True),
+        ({"every_round": False}, True),
+        ({"privacy": NOISY}, True),
+    ],
+)
+def test_none_is_chosen_twice_but_where_that_is_asked_or_cannot_be_otherwise(
+    fields: dict[str, Any], repeats: bool
+) -> None:
+    assert Selection(**fields).repeats is repeats
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -5,7 +5,7 @@
                                         │
     how many of each cluster ───────────┴──> places of the examples to train on
 
-Where an example is not to be chosen again (`Selection.repeat`), the places that were trained on in
+Where an example is not to be chosen again (`Selection.repeats`), the places that were trained on in
 earlier rounds say which are left: those alone become clusters.
 
 Features, and what an answer gains by its prompt, are those of the model without any adapter, so
@@ -145,7 +145,7 @@ class Choice:
         shared = dict(tensors)
         centres = shared.pop(CENTRES, None)
         times = np.zeros(len(self._examples), np.int64)
-        if not selection.repeat:
+        if not selection.repeats:
             times = self._times(draw.number)
         for most in np.unique(times) if times.any() else (0,):
             places = np.flatnonzero(times <= most)
@@ -169,7 +169,7 @@ class Choice:
             centres=centres,
             num_exchanges=draw.num_exchanges,
         )
-        return told if selection.repeat else replace(told, num_examples=len(self._examples))
+        return told if selection.repeats else replace(told, num_examples=len(self._examples))
 
     def taken(self, selection: Selection, counts: Sequence[int], draw: Draw) -> list[int]:
         """Places of the examples to train on, rising: so many of each cluster of a choice.
@@ -186,7 +186,7 @@ class Choice:
                 clusters=grouped(points, selection),
                 gains=None,
             )
-            times = None if selection.repeat else self._times(draw.number)
+            times = None if selection.repeats else self._times(draw.number)
         else:
             made = self._kept(draw.number)
         taken = take(

@@ -119,10 +119,11 @@ class Selection(BaseModel):
     """Share of all clients' examples; None: one example for each server cluster (the paper)."""
     every_round: bool = True
     """Choose anew in each round (the paper), or once."""
-    repeat: bool = True
+    repeat: bool | None = None
     """Whether an example may be chosen again (the paper). Else those are passed over that were
     trained on more often, as long as others of the client are enough for a cluster: an aligned map
-    finds the same clusters in each round, and would choose the same examples."""
+    finds the same clusters in each round, and would choose the same examples. None: passed over
+    wherever that can be, see `repeats`."""
     quality: float = 0.0
     """Share of the examples of each cluster, the worst by answer gain, that are passed over;
     rounded down to whole examples."""
@@ -139,6 +140,7 @@ class Selection(BaseModel):
             projection=Projection(name="tsne", num_dimensions=2, scaling="none"),
             clustering=Clustering(min_cluster_size=min_cluster_size),
             server_clustering=Clustering(min_cluster_size=2),
+            repeat=True,
         )
 
     def model_post_init(self, _: object) -> None:
@@ -178,7 +180,7 @@ class Selection(BaseModel):
                 f"looks for no clusters, found {self.server_clustering!r}; leave it out, or say "
                 "server: hdbscan"
             )
-        if not self.repeat and not self.every_round:
+        if self.repeat is False and not self.every_round:
             raise SelectionError(
                 "expected every_round: true with repeat: false, as what is chosen once is trained "
                 "on in each round, found false; leave one of them out"
@@ -201,11 +203,19 @@ class Selection(BaseModel):
                 "expected no clustering with privacy, which has cells in place of clusters, found "
                 f"{self.clustering!r}; leave it out"
             )
-        if not self.repeat:
+        if self.repeat is False:
             raise SelectionError(
                 "expected no repeat: false with privacy: what was chosen before would show in what "
                 "is told, and one example can change that for many others; leave it out"
             )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an example may be chosen again: as `repeat` says; where it says nothing, where
+        it has to be, as all are taken, the choice is made once, or it is private."""
+        if self.repeat is None:
+            return self.method == "all" or not self.every_round or self.privacy is not None
+        return self.repeat
 
     def num_exchanges(self, num_rounds: int) -> int:
         """How often a client tells of its points in so many rounds."""

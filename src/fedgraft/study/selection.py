@@ -732,7 +732,7 @@ def in_words(arm: Arm) -> str:
         return arm.words
     share = f"{100 * arm.budget:.2g}% of all" if arm.budget else "one of each cluster"
     where = ", all at one place" if arm.pooled else ""
-    where += "" if arm.repeat else ", none twice"
+    where += "" if arm.repeats else ", none twice"
     match arm.method:
         case "all":
             return f"all examples{where}"
