@@ -5,7 +5,7 @@ import pytest
 from fedgraft.noise import Spent
 from fedgraft.report.page import render
 from fedgraft.study.result import Holding, Holdings, Mapped, Marked, ScoredChoice, Selections
-from fedgraft.study.selection import WORDS, against, over_seeds
+from fedgraft.study.rivals import WORDS, against, over_seeds
 
 RIGHT, ROUGE, LEGACY, NATS = WORDS
 RIVALS = dict.fromkeys(("start", "fedit", "aligned"), "random")

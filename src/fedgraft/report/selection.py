@@ -27,7 +27,7 @@ from fedgraft.report.words import (
     took,
 )
 from fedgraft.study.result import Compared, ScoredChoice, Selections, Summary
-from fedgraft.study.selection import START, WORDS
+from fedgraft.study.rivals import START, WORDS
 
 PALETTE = (
     *(figures.BLUE, figures.VERMILION, figures.ORANGE, figures.PURPLE, figures.SKY, figures.INK),

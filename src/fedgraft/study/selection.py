@@ -26,9 +26,8 @@ The file, beside `name`, `question` and `seeds`:
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,13 +35,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from fedgraft.errors import FederationError, StudyError
-from fedgraft.evaluation.scorecard import (
-    RESPONSE_NATS,
-    RIGHT_AND_FOLLOWED,
-    ROUGE_L,
-    ROUGE_L_LEGACY,
-    evaluate,
-)
+from fedgraft.evaluation.scorecard import evaluate
 from fedgraft.federation.asking import Answered, Event, Watch
 from fedgraft.federation.choice import all_chosen, last_labels
 from fedgraft.federation.client import Client
@@ -62,15 +55,14 @@ from fedgraft.selection.reader import Reader
 from fedgraft.selection.select import drawn
 from fedgraft.study.cost import StageCost
 from fedgraft.study.result import (
-    Compared,
     Holdings,
     Mapped,
     Marked,
     ScoredChoice,
     Selections,
     Summary,
-    Unit,
 )
+from fedgraft.study.rivals import START, WORDS, against, leading, over_seeds, verdict
 from fedgraft.study.run import Run, versions
 from fedgraft.study.shape import Shape
 from fedgraft.study.stage import Say, run_stage
@@ -103,18 +95,9 @@ from fedgraft.weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORDS: Mapping[str, tuple[str, Unit]] = {
-    RIGHT_AND_FOLLOWED: ("right and as instructed", "share"),
-    ROUGE_L: ("Rouge-L", "share"),
-    ROUGE_L_LEGACY: ("Rouge-L as the paper counts it", "share"),
-    RESPONSE_NATS: ("loss on the given answers, nats per token", "nats"),
-}
-"""The scores of a study of selection, in words."""
 SCORED, MARKS, PLANE = "scored.json", "marks.json", "plane.json"
 MAP = "map"
 """Below the output of a study: where all examples lie."""
-START = "start"
-"""The arm that is the model before any training."""
 CLIENTS = "clients"
 """Below the output of a federation: a folder for what each client keeps."""
 NUM_DIRECTIONS = 64
@@ -469,7 +452,7 @@ class _Run:
         clustered = [arm for arm in read if read[arm].clusters and not study.arms[arm].pooled]
         if not clustered:
             return None
-        best = _best(summary, clustered)
+        best = leading(summary, clustered)
         model = self._model(seed)
 
         def make(folder: Path) -> None:
@@ -634,96 +617,6 @@ def _marked(clients: Mapping[str, Sequence[Dialogue]], work: Path) -> Marked:
         chosen += [before + place for place in all_chosen(work / CLIENTS / name)]
         before += len(ours)
     return Marked(clusters=tuple(clusters) if clustered else (), chosen=tuple(chosen))
-
-
-def _best(summary: Mapping[str, Mapping[str, Summary]], arms: Sequence[str]) -> str:
-    """The best of some arms by the first score that they have."""
-    for name, (_, unit) in WORDS.items():
-        values = {arm: summary[arm][name].mean for arm in arms if name in summary.get(arm, {})}
-        if values:
-            return (min if unit == "nats" else max)(values, key=values.__getitem__)
-    return arms[0]
-
-
-def over_seeds(scored: Iterable[ScoredChoice]) -> dict[str, dict[str, Summary]]:
-    """Arm -> score -> mean and spread."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for one in scored:
-        for name, value in one.scores.items():
-            found.setdefault(one.arm, {}).setdefault(name, []).append(value)
-    return {
-        arm: {name: Summary.of(values, WORDS[name][1]) for name, values in scores.items()}
-        for arm, scores in found.items()
-    }
-
-
-def against(scored: Iterable[ScoredChoice], rivals: Mapping[str, str]) -> tuple[Compared, ...]:
-    """Each arm and score less those of its rival, seed by seed: both had the same clients.
-
-    The standard error is that of the mean of the differences over seeds; None with one seed.
-    """
-    by_arm: dict[str, dict[int, ScoredChoice]] = {}
-    for one in scored:
-        by_arm.setdefault(one.arm, {})[one.seed] = one
-    found = []
-    for arm, seeds in by_arm.items():
-        others = by_arm[rivals[arm]] if arm in rivals else {}
-        for name in WORDS:
-            differences = [
-                one.scores[name] - others[seed].scores[name]
-                for seed, one in seeds.items()
-                if seed in others and name in one.scores and name in others[seed].scores
-            ]
-            if differences:
-                error = stdev(differences) / sqrt(len(differences)) if differences[1:] else None
-                found.append(
-                    Compared(
-                        arm=arm,
-                        score=name,
-                        difference=fmean(differences),
-                        stderr=error,
-                        num_seeds=len(differences),
-                    )
-                )
-    return tuple(found)
-
-
-def verdict(
-    summary: Mapping[str, Mapping[str, Summary]],
-    compared: Iterable[Compared],
-    other: str,
-    rivals: Mapping[str, str],
-) -> str:
-    """A few sentences that follow from the figures by rule.
-
-    Args:
-        other: The arm that is told beside the best one.
-        rivals: Arm -> the arm that it was compared with.
-    """
-    sentences = []
-    for name, (words, unit) in WORDS.items():
-        values = {arm: found[name].mean for arm, found in summary.items() if name in found}
-        if other not in values:
-            continue
-        best = (min if unit == "nats" else max)(values, key=values.__getitem__)
-        before = values.get(START)
-        began = "" if before is None else f", {_shown(before, unit)} before any training"
-        sentences.append(
-            f"{words[0].upper()}{words[1:]}: {_shown(values[best], unit)} with {best}, the best of "
-            f"{len(values)} arms; {_shown(values[other], unit)} with {other}{began}."
-        )
-        ahead: dict[str, list[str]] = {}
-        for one in compared:
-            if one.score == name and one.told_apart and (one.difference > 0) == (unit == "share"):
-                ahead.setdefault(rivals[one.arm], []).append(one.arm)
-        for rival in dict.fromkeys((other, *rivals.values())):
-            told = ", ".join(ahead.get(rival, ())) or "no arm"
-            sentences.append(f"Ahead of {rival} by more than two standard errors: {told}.")
-    return " ".join(sentences) or "Nothing was scored, so that nothing can be said."
-
-
-def _shown(value: float, unit: Unit) -> str:
-    return f"{value:.1%}" if unit == "share" else f"{value:.3f} nats"
 
 
 def in_words(arm: Arm) -> str:
