@@ -190,7 +190,6 @@ class Client:
             "num_documents": num_held,
             "num_dialogues": num_held if are_dialogues(held.train) else 0,
             "num_left_out": held.num_left_out,
-            "num_tokens": self._packed(task, held.train).num_tokens,
         }
 
     def _centroids(self, task: Task, tensors: Tensors, number: int) -> dict[str, Value]:

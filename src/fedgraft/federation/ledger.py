@@ -66,9 +66,7 @@ SCORES = (
 )
 """Figures of a scorecard (see `evaluation.scorecard`)."""
 COUNTS: Mapping[Kind, frozenset[str]] = {
-    "sizes": frozenset(
-        {"num_examples", "num_documents", "num_dialogues", "num_left_out", "num_tokens"}
-    ),
+    "sizes": frozenset({"num_examples", "num_documents", "num_dialogues", "num_left_out"}),
     "centroids": frozenset({"num_examples"}),
     "adapter": frozenset({"num_examples", "num_tokens", "num_steps", "num_scored"}),
     "scores": frozenset({"num_examples", "num_documents", "num_tokens", "num_prompts"}),
