@@ -2,10 +2,11 @@
 
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 
-from fedgraft.study.result import ScoredChoice
-from fedgraft.study.rivals import against, over_seeds, verdict
+from fedgraft.study.result import Compared, ScoredChoice
+from fedgraft.study.rivals import against, over_seeds, told_by_chance, verdict
 
 
 def test_differences_are_of_one_seed_each() -> None:
@@ -24,6 +25,23 @@ def test_differences_are_of_one_seed_each() -> None:
     assert not two.told_apart  # two seeds have no spread to speak of
     words = verdict(over_seeds(scored), [found], "b", {"a": "b"})
     assert "Ahead of b by more than two standard errors: a." in words
+    words = verdict(over_seeds(scored), [two], "b", {"a": "b"})
+    assert "Ahead of" not in words
+    assert "With fewer than 3 seeds no arms are told apart." in words
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 30])
+def test_as_many_are_told_apart_by_chance_as_is_said(num_seeds: int) -> None:
+    """Arms that do not differ, many times over."""
+    draws = np.random.default_rng(num_seeds).standard_normal((5000, num_seeds))
+    errors = draws.std(axis=1, ddof=1) / num_seeds**0.5
+    compared = [
+        Compared(arm="a", score="x", difference=mean, stderr=error, num_seeds=num_seeds)
+        for mean, error in zip(draws.mean(axis=1).tolist(), errors.tolist(), strict=True)
+    ]
+    told = sum(one.told_apart for one in compared)
+    assert told_by_chance(compared) == pytest.approx(told, rel=0.1, abs=0)
+    assert bool(told) is (num_seeds >= 3)
 
 
 def test_lower_is_better_for_a_loss() -> None:
@@ -54,3 +72,5 @@ def test_each_arm_is_told_against_its_own_rival() -> None:
     words = verdict(over_seeds(scored), compared, "random", rivals)
     assert "Ahead of random by more than two standard errors: no arm." in words
     assert "Ahead of little by more than two standard errors: little-choice." in words
+    assert "Of 3 comparisons of an arm with its rival 3 lie beyond two standard errors" in words
+    assert words.count("\n") == 1  # a line for the score, and one of all
