@@ -12,8 +12,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,14 +37,15 @@ from fedgraft.weights.checkpoint import (
     read_config,
     read_tensors,
 )
-from fedgraft.weights.family import Family, anatomy_of, has_rows
+from fedgraft.weights.family import Anatomy, Family, anatomy_of, has_rows
 from fedgraft.weights.merging import PLAIN, Factors, Method, combined
 from fedgraft.weights.residual import Difference, Residual
 from fedgraft.weights.rows import RowMap
 from fedgraft.weights.vocabulary import name_tokens
 from fedgraft.weights.writer import Layout, copy_companions, write_tensors
 
-Source = str | Path | Residual | Difference | Family
+Addend = Residual | Difference
+Source = str | Path | Addend | Family
 """Where a residual comes from: its directory, or a family to subtract while it is read."""
 
 
@@ -85,16 +88,9 @@ def graft(
         ArtefactError: `out` exists or cannot be written, or reads back other than it was written.
     """
     checkpoint, addends = Checkpoint.open(target), _open(residual)
-    scales = [scale] * len(addends) if isinstance(scale, (int, float)) else list(scale)
-    _check_scales(scales, addends)
+    _check_scales(scale, addends)
     anatomy, carrier = anatomy_of(checkpoint), addends[0]
-    for addend in addends:
-        difference = anatomy.first_difference(addend.anatomy)
-        if difference:
-            raise ResidualError(
-                f"the residual {addend.path} does not fit {checkpoint.path}: {difference}. Extract "
-                "it from the family that the target belongs to"
-            )
+    _check_sizes(checkpoint, anatomy, addends)
     _check_one_base(addends)
     factors.check(checkpoint.tensors.keys())
     if not again:
@@ -104,56 +100,19 @@ def graft(
         if carrier.base_hash not in ancestors and not any_parent:
             ancestors.add(checkpoint.content_hash)
         _check_lineage(checkpoint, addends, ancestors, any_parent=any_parent, again=again)
-    rows = RowMap.match(
-        anatomy.vocabulary, carrier.anatomy.vocabulary, carrier.whole_rows, checkpoint.path
+    total = _Sum(
+        target=checkpoint,
+        addends=addends,
+        scale=scale,
+        method=method,
+        factors=factors,
+        rows=RowMap.match(
+            anatomy.vocabulary, carrier.anatomy.vocabulary, carrier.whole_rows, checkpoint.path
+        ),
     )
-    alone = len(addends) == 1 and method == PLAIN
-    if rows.whole.any() and not alone:
-        raise ResidualError(
-            f"{carrier.path}: expected tokens that its base knows too, found "
-            f"{int(rows.whole.sum())} rows that only the instruct side has; add such a residual "
-            "alone, and plainly"
-        )
-    layout = {
-        name: (info.dtype, (len(rows.picks), *info.shape[1:]) if has_rows(name) else info.shape)
-        for name, info in checkpoint.tensors.items()
-    }
-
-    def pairs(name: str) -> Iterator[tuple[Array, Floats]]:
-        """Blocks of the target, each with what is added to it."""
-        factor = factors.of(name)
-        sums = combined(name, addends, [factor * s for s in scales], method)
-        if rows.straight or not has_rows(name):
-            return zip(checkpoint.blocks(name), sums, strict=True)
-        if rows.whole.any():
-            sums = addends[0].blocks(name)
-        width = math.prod(layout[name][1][1:])
-        return rows.fitted(sums, checkpoint.rows(name, rows.picks), width, factor * scales[0])
-
-    def blocks(name: str) -> Iterator[Array]:
-        dtype, shape = layout[name]
-        size = min(BLOCK_ELEMENTS, math.prod(shape))
-        small = np.empty(size, DTYPES[dtype])
-        exact = alone and factors.of(name) * scales[0] == 1.0
-        exceptions = addends[0].exceptions.get(name) if exact else None
-        first = 0
-        for old, added in pairs(name):
-            grafted, finite = add(old, added, small)
-            if exceptions:
-                exceptions.restore(grafted, old, first)
-            if not finite and not all_finite(grafted):
-                for source in (checkpoint, *(s for addend in addends for s in addend.sources)):
-                    for block in source.blocks(name):
-                        refuse_non_finite(block, name, source.path)
-                raise NonFiniteError(
-                    f"{checkpoint.path}: expected sums within {DTYPES[dtype]}, found larger ones "
-                    f"in tensor {name!r} at scale {scale}; take a smaller scale"
-                )
-            first += old.size
-            yield grafted
-
+    _check_whole_rows(total)
     with new_artefact(out, overwrite=overwrite) as folder:
-        content = write_tensors(folder, layout, blocks).content
+        content = write_tensors(folder, total.layout, total.blocks).content
         for addend in addends:
             addend.refuse_damage()
         ancestors.add(checkpoint.content_hash)
@@ -161,35 +120,97 @@ def graft(
         if verify:
             _read_back(folder, content)
         copy_companions(carrier.companions, folder)
-        _fit_config(folder, layout, len(rows.picks))
-        name_tokens(folder, rows.kept, rows.first_kept, like=checkpoint.path)
-        record = checkpoint.record
-        settings: dict[str, Any] = {"scale": scale}
-        if method != PLAIN:
-            settings["method"] = method.model_dump()
-        if factors != Factors():
-            settings["factors"] = factors.model_dump()
-        Record.make(
-            kind="graft",
-            inputs={
-                "target": checkpoint.content_hash,
-                **{
-                    f"residual {n}" if n > 1 else "residual": addend.content_hash
-                    for n, addend in enumerate(addends, 1)
-                },
-            },
-            ancestors=(*(record.ancestors if record else ()), checkpoint.content_hash),
-            residuals=(
-                *(record.residuals if record else ()),
-                *(addend.content_hash for addend in addends),
-            ),
-            settings=settings,
-            figures={"content": content},
-        ).write(folder)
+        _fit_config(folder, total.layout, len(total.rows.picks))
+        name_tokens(folder, total.rows.kept, total.rows.first_kept, like=checkpoint.path)
+        total.record(content).write(folder)
     return out
 
 
-def _open(residuals: Source | Sequence[Source]) -> list[Residual | Difference]:
+@dataclass(frozen=True, kw_only=True)
+class _Sum:
+    """The tensors of a graft, block by block, and what they were made of."""
+
+    target: Checkpoint
+    addends: list[Addend]
+    scale: float | Sequence[float]
+    """As it was given."""
+    method: Method
+    factors: Factors
+    rows: RowMap
+
+    @cached_property
+    def layout(self) -> Layout:
+        num_rows = len(self.rows.picks)
+        return {
+            name: (info.dtype, (num_rows, *info.shape[1:]) if has_rows(name) else info.shape)
+            for name, info in self.target.tensors.items()
+        }
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one residual is added as it is."""
+        return len(self.addends) == 1 and self.method == PLAIN
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """A tensor of the graft. Raises NonFiniteError as `graft` says."""
+        dtype, shape = self.layout[name]
+        small = np.empty(min(BLOCK_ELEMENTS, math.prod(shape)), DTYPES[dtype])
+        factor = self.factors.of(name) * _each(self.scale, self.addends)[0]
+        is_exact = self.is_plain and factor == 1.0
+        exceptions = self.addends[0].exceptions.get(name) if is_exact else None
+        first = 0
+        for old, added in self._pairs(name):
+            grafted, finite = add(old, added, small)
+            if exceptions:
+                exceptions.restore(grafted, old, first)
+            if not finite and not all_finite(grafted):
+                self._refuse_non_finite(name)
+            first += old.size
+            yield grafted
+
+    def _pairs(self, name: str) -> Iterator[tuple[Array, Floats]]:
+        """Blocks of the target, each with what is added to it."""
+        factor, rows = self.factors.of(name), self.rows
+        scales = [factor * scale for scale in _each(self.scale, self.addends)]
+        sums = combined(name, self.addends, scales, self.method)
+        if rows.straight or not has_rows(name):
+            return zip(self.target.blocks(name), sums, strict=True)
+        if rows.whole.any():
+            sums = self.addends[0].blocks(name)
+        width = math.prod(self.layout[name][1][1:])
+        return rows.fitted(sums, self.target.rows(name, rows.picks), width, scales[0])
+
+    def _refuse_non_finite(self, name: str) -> NoReturn:
+        """Name the number that is not finite, or say that the sum is too large."""
+        for source in (self.target, *(s for addend in self.addends for s in addend.sources)):
+            for block in source.blocks(name):
+                refuse_non_finite(block, name, source.path)
+        raise NonFiniteError(
+            f"{self.target.path}: expected sums within {DTYPES[self.layout[name][0]]}, found "
+            f"larger ones in tensor {name!r} at scale {self.scale}; take a smaller scale"
+        )
+
+    def record(self, content: str) -> Record:
+        """What the graft was made of."""
+        before = self.target.record
+        hashes = [addend.content_hash for addend in self.addends]
+        named = {f"residual {n}" if n > 1 else "residual": one for n, one in enumerate(hashes, 1)}
+        settings: dict[str, Any] = {"scale": self.scale}
+        if self.method != PLAIN:
+            settings["method"] = self.method.model_dump()
+        if self.factors != Factors():
+            settings["factors"] = self.factors.model_dump()
+        return Record.make(
+            kind="graft",
+            inputs={"target": self.target.content_hash, **named},
+            ancestors=(*(before.ancestors if before else ()), self.target.content_hash),
+            residuals=(*(before.residuals if before else ()), *hashes),
+            settings=settings,
+            figures={"content": content},
+        )
+
+
+def _open(residuals: Source | Sequence[Source]) -> list[Addend]:
     given = (
         residuals
         if isinstance(residuals, Sequence) and not isinstance(residuals, str)
@@ -200,25 +221,51 @@ def _open(residuals: Source | Sequence[Source]) -> list[Residual | Difference]:
     return [_opened(one) for one in given]
 
 
-def _opened(source: Source) -> Residual | Difference:
+def _opened(source: Source) -> Addend:
     if isinstance(source, Difference):
         return source
     return Difference(source) if isinstance(source, Family) else Residual.open(source)
 
 
-def _check_scales(scales: Sequence[float], addends: Sequence[object]) -> None:
+def _each(scale: float | Sequence[float], addends: Sequence[Addend]) -> list[float]:
+    """The factor on each residual."""
+    return [scale] * len(addends) if isinstance(scale, (int, float)) else list(scale)
+
+
+def _check_scales(scale: float | Sequence[float], addends: Sequence[Addend]) -> None:
+    scales = _each(scale, addends)
     if len(scales) != len(addends):
         raise ResidualError(
             f"expected one scale, or one for each of {len(addends)} residuals, found {len(scales)}"
         )
-    for scale in scales:
-        if not math.isfinite(scale):
+    for one in scales:
+        if not math.isfinite(one):
             raise ResidualError(
-                f"expected a finite scale, found {scale}; the plain sum has scale 1.0"
+                f"expected a finite scale, found {one}; the plain sum has scale 1.0"
             )
 
 
-def _check_one_base(addends: Sequence[Residual | Difference]) -> None:
+def _check_sizes(target: Checkpoint, anatomy: Anatomy, addends: Sequence[Addend]) -> None:
+    for addend in addends:
+        difference = anatomy.first_difference(addend.anatomy)
+        if difference:
+            raise ResidualError(
+                f"the residual {addend.path} does not fit {target.path}: {difference}. Extract it "
+                "from the family that the target belongs to"
+            )
+
+
+def _check_whole_rows(total: _Sum) -> None:
+    """Refuse to combine rows for tokens of the instruct side alone, of which no base is known."""
+    if total.rows.whole.any() and not total.is_plain:
+        raise ResidualError(
+            f"{total.addends[0].path}: expected tokens that its base knows too, found "
+            f"{int(total.rows.whole.sum())} rows that only the instruct side has; add such a "
+            "residual alone, and plainly"
+        )
+
+
+def _check_one_base(addends: Sequence[Addend]) -> None:
     """Refuse residuals of different bases, other orders of tokens, and one residual given twice."""
     first, *others = addends
     for n, other in enumerate(others, 1):
@@ -239,7 +286,7 @@ def _check_one_base(addends: Sequence[Residual | Difference]) -> None:
             )
 
 
-def _check_ungrafted(target: Checkpoint, addends: Sequence[Residual | Difference]) -> None:
+def _check_ungrafted(target: Checkpoint, addends: Sequence[Addend]) -> None:
     record = target.record
     if record and record.residuals:
         this = any(isinstance(a, Residual) and a.content_hash in record.residuals for a in addends)
@@ -252,7 +299,7 @@ def _check_ungrafted(target: Checkpoint, addends: Sequence[Residual | Difference
 
 def _check_lineage(
     target: Checkpoint,
-    addends: Sequence[Residual | Difference],
+    addends: Sequence[Addend],
     lineage: set[str],
     *,
     any_parent: bool,
