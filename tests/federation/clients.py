@@ -10,6 +10,7 @@ from fedgraft.federation.client import Client
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.message import Answer, Question
 from fedgraft.federation.plan import Plan
+from fedgraft.federation.rounds import run_name
 from fedgraft.federation.workplace import Workplace
 from fedgraft.text.corpus import Document
 
@@ -54,6 +55,11 @@ def plan(**fields: Any) -> Plan:
         "window": 64,
     }
     return Plan.model_validate(settings | fields)
+
+
+def kept_by(clients: Path, name: str, out: Path) -> Path:
+    """The folder in which a client keeps what is of a run."""
+    return clients / name / run_name(out)
 
 
 class Spoiled(InProcess):

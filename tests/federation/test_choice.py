@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.federation.clients import DEPARTMENTS, TRAINING, Spoiled, documents, plan, silent
+from tests.federation.clients import (
+    DEPARTMENTS,
+    TRAINING,
+    Spoiled,
+    documents,
+    kept_by,
+    plan,
+    silent,
+)
 
 from fedgraft.errors import FederationError
 from fedgraft.federation.choice import CHOSEN
@@ -75,7 +83,7 @@ def assert_same_adapters(one: Path, other: Path) -> None:
 
 
 def chosen(out: Path, client: str, number: int) -> list[int]:
-    file = out / "clients" / client / f"{CHOSEN}-{number:04d}.json"
+    file = kept_by(out / "clients", client, out) / f"{CHOSEN}-{number:04d}.json"
     found: list[int] = json.loads(file.read_text())
     return found
 
@@ -233,6 +241,19 @@ def test_an_aligned_map_would_choose_the_same_again(model: Path, tmp_path: Path)
     assert chosen(tmp_path / "same", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 2)
     assert chosen(tmp_path / "new", "hr-1", 1) == chosen(tmp_path / "same", "hr-1", 1)
     assert not set(chosen(tmp_path / "new", "hr-1", 1)) & set(chosen(tmp_path / "new", "hr-1", 2))
+
+
+def test_what_another_run_chose_may_be_chosen(model: Path, tmp_path: Path) -> None:
+    own = members(model, tmp_path / "clients")
+    run_rounds(InProcess(own), asked(ALIGNED, num_rounds=3), model, tmp_path / "before")
+    run_rounds(InProcess(own), asked(ALIGNED, sampled=0.5, num_rounds=3), model, tmp_path / "out")
+    run(model, tmp_path / "alone", asked(ALIGNED, sampled=0.5, num_rounds=3))
+    for name in NUM:
+        here = kept_by(tmp_path / "clients", name, tmp_path / "out")
+        alone = kept_by(tmp_path / "alone" / "clients", name, tmp_path / "alone")
+        assert {file.name: file.read_text() for file in here.glob(f"{CHOSEN}-*")} == {
+            file.name: file.read_text() for file in alone.glob(f"{CHOSEN}-*")
+        }
 
 
 def test_the_same_question_has_the_same_answer_where_nothing_is_chosen_twice(
@@ -469,13 +490,13 @@ def test_an_adapter_is_not_trained_before_centroids_are_asked_for(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(model, tmp_path, asked(ALIGNED, num_rounds=1))
-    for file in (tmp_path / "clients").glob("*/choice-*"):
+    for file in (tmp_path / "clients").glob("*/*/choice-*"):
         file.unlink()
     history = run(model, tmp_path, asked({**ALIGNED, "every_round": True}), silent())
     assert len(history.rounds) == 2  # asked again, so that it goes on
     spoiled = asked({**ALIGNED, "every_round": False}, num_rounds=1)
     run(model, tmp_path / "once", spoiled)
-    for file in (tmp_path / "once" / "clients").glob("*/choice-*"):
+    for file in (tmp_path / "once" / "clients").glob("*/*/choice-*"):
         file.unlink()
     history = run(model, tmp_path / "once", asked({**ALIGNED, "every_round": False}))
     assert "expected the clusters of choice 1" in caplog.text

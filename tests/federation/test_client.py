@@ -20,6 +20,7 @@ from fedgraft.federation.workplace import Workplace
 from fedgraft.testing import save_tiny
 from fedgraft.training.settings import AdapterSettings
 
+RUN = "tiny-1"
 SIZE = Size(4, 16.0)
 
 
@@ -33,6 +34,7 @@ def question(
     workplace: Workplace, *, kind: Any = "adapter", number: int = 1, **task: Any
 ) -> Question:
     fields: dict[str, Any] = {
+        "run": RUN,
         "model": workplace.content_hash,
         "tokenizer": workplace.tokenizer_hash,
         "seed": 0,
@@ -216,5 +218,5 @@ def test_a_client_keeps_two_rounds_of_its_own(workplace: Workplace, tmp_path: Pa
     one = client("hr-1", workplace, tmp_path)
     for number in (1, 2, 3):
         assert one.answer(question(workplace, number=number)).fault is None
-    names = sorted(file.name for file in (tmp_path / "hr-1").iterdir())
+    names = sorted(file.name for file in (tmp_path / "hr-1" / RUN).iterdir())
     assert names == ["adapter-0002.safetensors", "adapter-0003.safetensors"]

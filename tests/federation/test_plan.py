@@ -50,7 +50,7 @@ def test_a_plan_survives_being_written() -> None:
 def test_a_tasks_settings_are_flat_and_come_out_as_they_went_in() -> None:
     training = AdapterSettings(num_tokens=100, learning_rate=1e-3, rank=4)
     task = Task(
-        model="sha256:a", tokenizer="sha256:b", seed=1, row_length=64, window=64, rank=4,
+        run="r", model="sha256:a", tokenizer="sha256:b", seed=1, row_length=64, window=64, rank=4,
         alpha=8.0, trained="B", sent="B", training=training, scored="global",
     )  # fmt: skip
     flat = task.settings()
@@ -64,13 +64,15 @@ def test_a_tasks_settings_are_flat_and_come_out_as_they_went_in() -> None:
     [
         ({"strange": 1}, "strange: Extra inputs"),
         ({"training.num_tokens": -1}, "training.num_tokens: Input should be greater than 0"),
+        ({"run": "../elsewhere"}, "run: String should match pattern"),
+        ({"run": ".."}, "run: String should match pattern"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
     ],
 )
 def test_settings_of_another_version_are_refused(wrong: dict[str, Any], message: str) -> None:
     training = AdapterSettings(num_tokens=100, learning_rate=1e-3)
     task = Task(
-        model="a", tokenizer="b", seed=1, row_length=64, window=64, rank=4, alpha=8.0,
+        run="r", model="a", tokenizer="b", seed=1, row_length=64, window=64, rank=4, alpha=8.0,
         training=training,
     )  # fmt: skip
     with pytest.raises(FederationError, match=f"found {message}.*one version of fedgraft"):

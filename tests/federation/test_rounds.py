@@ -18,6 +18,7 @@ from tests.federation.clients import (
     client,
     clients,
     documents,
+    kept_by,
     plan,
     silent,
 )
@@ -236,7 +237,7 @@ def test_exact_rules_add_what_merging_and_averaging_the_clients_adds(
     folder, _ = whole(plan(rule=rule, num_rounds=1))
     written = Stored(folder / "out/adapters/hr/adapter_model.safetensors")
     own = {
-        name: Stored(folder / f"state/{name}/adapter-0001.safetensors")
+        name: Stored(kept_by(folder / "state", name, folder / "out") / "adapter-0001.safetensors")
         for name in DEPARTMENTS["hr"]
     }
     weights = {"hr-1": 10 / 23, "hr-2": 13 / 23}
@@ -324,7 +325,8 @@ def test_a_newcomer_in_fedsa_starts_from_its_departments_mean_b(
     exchange = Late(found)
     asked = plan(departments=departments, rule="fedsa", num_rounds=2)
     run_rounds(exchange, asked, model, tmp_path / "out")
-    kept = [Stored(tmp_path / f"state/hr-{n}/adapter-0001.safetensors") for n in (1, 2)]
+    folders = [kept_by(tmp_path / "state", f"hr-{n}", tmp_path / "out") for n in (1, 2)]
+    kept = [Stored(folder / "adapter-0001.safetensors") for folder in folders]
     newcomer, old = seen["hr-3", 2].tensors, seen["hr-1", 2].tensors
     assert all("lora_A" in name for name in old)
     weights = [4 / 11, 7 / 11]
@@ -335,6 +337,24 @@ def test_a_newcomer_in_fedsa_starts_from_its_departments_mean_b(
             assert np.allclose(tensor, mean, atol=1e-7)
             some += bool(np.abs(tensor).max())
     assert some
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedsa"])
+def test_what_clients_keep_of_another_run_counts_for_nothing(
+    rule: Rule, model: Path, tmp_path: Path
+) -> None:
+    """The clients of a deployment have one folder for all federations that they take part in."""
+    before = clients(model, tmp_path / "state")
+    run_rounds(InProcess(before), plan(rule=rule, num_rounds=4, seed=7), model, tmp_path / "first")
+    asked = plan(rule=rule, num_rounds=3)
+    here = run_rounds(InProcess(before), asked, model, tmp_path / "second")
+    later = clients(model, tmp_path / "state")
+    anew = run_rounds(InProcess(later), asked, model, tmp_path / "third")
+    assert all(part.counted for done in here.rounds for part in done.parts)
+    alone = run(model, tmp_path / "alone", asked)
+    for history in (here, anew):
+        scores = [[part.scores for part in done.parts] for done in history.rounds]
+        assert scores == [[part.scores for part in done.parts] for done in alone.rounds]
 
 
 @pytest.mark.parametrize(("rule", "up", "down"), [("ffa", "B", "B"), ("fedsa", "A", "A")])

@@ -43,15 +43,26 @@ class Asking:
     """Asks the clients of a plan; all that they answer passes here."""
 
     def __init__(
-        self, exchange: Exchange, plan: Plan, workplace: Workplace, ledger: Ledger, watch: Watch
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        workplace: Workplace,
+        ledger: Ledger,
+        run: str,
+        watch: Watch,
     ) -> None:
-        self.ledger, self.watch = ledger, watch
+        """
+        Args:
+            run: Its name, see `Task.run`.
+        """
+        self.ledger, self.watch, self._run = ledger, watch, run
         self._exchange, self._plan, self._workplace = exchange, plan, workplace
 
     def task(self, name: str, **fields: object) -> dict[str, str | int | float | bool]:
         """The settings of a question to a client: those of the plan, and the fields given."""
         plan, size = self._plan, self._plan.size_of(name)
         settings = {
+            "run": self._run,
             "model": self._workplace.content_hash,
             "tokenizer": self._workplace.tokenizer_hash,
             "seed": plan.seed,

@@ -13,9 +13,9 @@ they are made once. Points and clusters of a choice are kept too, two choices of
 question is about the clusters of the first, also after the client's process was started anew. All
 of it stays in the client's folder:
 
-    features/               see `selection.features`
-    choice-NNNN.safetensors points and clusters of the choice of a round
-    chosen-NNNN.json        places of the examples that were trained on in a round, ascending
+    features/                   see `selection.features`
+    RUN/choice-NNNN.safetensors points and clusters of the choice of a round
+    RUN/chosen-NNNN.json        places of the examples that were trained on in a round, ascending
 """
 
 import json
@@ -122,15 +122,15 @@ class Choice:
         examples: Examples,
         workplace: "Workplace",
         folder: Path,
-        features: Path | None = None,
+        features: Path,
     ) -> None:
         """
         Args:
-            folder: Of the client alone, see the head of this file.
-            features: Where features are kept, if not there.
+            folder: Of the client in one run.
+            features: Where features are kept, whichever run they are for.
         """
         self._examples, self._workplace, self._folder = examples, workplace, folder
-        self._features = features or folder / FEATURES
+        self._features = features
         self._read: dict[tuple[Encoding, int, Template], Features] = {}
         self._gains: dict[tuple[int, Template], NDArray[np.float32]] = {}
 

@@ -14,7 +14,8 @@
 A factor that a question lacks is the client's own of an earlier round (FedSA-LoRA's B, FFA-LoRA's
 A). What it made it keeps, two rounds of it: that is its personal adapter. The same question gets
 the same answer, also a second time: seeds come from the plan's, the client's name and the round,
-and own factors are those of a round before the one that is asked.
+and own factors are those of a round before the one that is asked. Each run has a folder of its own
+in the client's: what is kept there counts for no other.
 """
 
 import logging
@@ -34,7 +35,7 @@ from fedgraft.errors import (
 )
 from fedgraft.evaluation.perplexity import Perplexity
 from fedgraft.federation.aggregate import Change
-from fedgraft.federation.choice import Choice, Draw
+from fedgraft.federation.choice import FEATURES, Choice, Draw
 from fedgraft.federation.ledger import Kind, allow
 from fedgraft.federation.message import Answer, Fault, Question, Value, narrowed, widened
 from fedgraft.federation.standing import Stored, changes_of, factors_of, save_tensors
@@ -69,15 +70,18 @@ class _RefusedError(FederationError):
         self.fault = fault
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Held:
-    """The examples of a client that fit a row."""
+    """What a client holds for a run."""
 
     train: Examples
+    """Those that fit a row."""
     held_out: Examples
-    choice: Choice
     num_left_out: int
     """Dialogues that are longer."""
+    choice: Choice
+    rows: Rows | None = None
+    """All that it trains on, once it was asked to."""
 
 
 class Client:
@@ -100,8 +104,8 @@ class Client:
             train: What it trains on.
             held_out: What it scores adapters on; nothing of it is trained on. Without any it
                 scores nothing.
-            state: A folder of its own: factors and clusters that it keeps, training that was
-                interrupted.
+            state: A folder of its own, in which each run has one: factors and clusters that it
+                keeps, training that was interrupted.
             encoder: Another model that compares its examples, where a federation asks for one: a
                 question names none of this machine's folders, but says which weights it means.
             features: Where features of its examples are kept, if not in that folder: clients of one
@@ -112,10 +116,9 @@ class Client:
         self.name = name
         self._workplace = workplace
         self._train, self._held_out = train, held_out
-        self._state, self._features = state, features
+        self._state, self._features = state, features or state / FEATURES
         self._shows_points, self._encoder = shows_points, encoder
-        self._held: dict[tuple[int, Template], _Held] = {}
-        self._rows: dict[tuple[int, Template], Rows] = {}
+        self._held: dict[tuple[str, int, Template], _Held] = {}
 
     def answer(self, question: Question) -> Answer:
         """Answer a question, or say in one word why not; the reason goes to the log alone."""
@@ -159,8 +162,8 @@ class Client:
             )
 
     def _fitting(self, task: Task) -> _Held:
-        """Its examples, but for dialogues that are longer than a row."""
-        key = task.row_length, task.prompt
+        """Its examples, but for dialogues that are longer than a row; of the last run alone."""
+        key = task.run, task.row_length, task.prompt
         if key not in self._held:
             kept, num_left_out = [], 0
             for examples in (self._train, self._held_out):
@@ -173,8 +176,11 @@ class Client:
                     "%s: %d dialogues are longer than a row of %d tokens and are left out",
                     *(self.name, num_left_out, task.row_length),
                 )
-            choice = Choice(kept[0], self._workplace, self._state, self._features)
-            self._held[key] = _Held(kept[0], kept[1], choice, num_left_out)
+            train, held_out = kept
+            choice = Choice(train, self._workplace, self._folder(task), self._features)
+            self._held = {
+                key: _Held(train=train, held_out=held_out, num_left_out=num_left_out, choice=choice)
+            }
         return self._held[key]
 
     def _sizes(self, task: Task) -> dict[str, Value]:
@@ -259,7 +265,7 @@ class Client:
         num_tokens = task.training.num_tokens
         if task.passes is not None:
             num_tokens = max(1, min(num_tokens, round(task.passes * rows.num_tokens)))
-        changes, start = changes_of(tensors), self._completed(factors_of(tensors), number)
+        changes, start = changes_of(tensors), self._completed(task, factors_of(tensors), number)
         seed = derive_seed(task.seed, self.name, number)
         scores: dict[str, Value] = {}
         begun = time.monotonic()
@@ -273,7 +279,7 @@ class Client:
             changes,
             rows,
             task.training.model_copy(update={"seed": seed, "num_tokens": num_tokens}),
-            self._state / f"training-{number:04d}",
+            self._folder(task) / f"training-{number:04d}",
             trained=task.factors_trained,
             proximal=task.proximal,
             label=f"{self.name}, round {number}",
@@ -284,7 +290,7 @@ class Client:
             scores["client/nats_per_token"] = measured.nats_per_token
             scores["num_scored"] = measured.num_tokens
         scoring += time.monotonic() - begun
-        self._keep(made, number)
+        self._keep(task, made, number)
         sent = _factors_in(made, task.factors_sent)
         payload: dict[str, Value] = {
             **narrowed(sent, task.wire),
@@ -300,7 +306,7 @@ class Client:
 
     def _own(self, task: Task, number: int) -> tuple[dict[str, Value], Shapes]:
         """Factors of the last round before this one that it trained in."""
-        sent = _factors_in(self._kept(number), task.factors_sent)
+        sent = _factors_in(self._kept(task, number), task.factors_sent)
         return {
             **narrowed(sent, task.wire),
             "num_examples": len(self._fitting(task).train),
@@ -309,7 +315,7 @@ class Client:
     def _scores(self, task: Task, tensors: Tensors, number: int) -> dict[str, Value]:
         if not task.scored:
             raise _RefusedError("refused", "expected the name of what is to be scored, found none")
-        start = self._completed(factors_of(tensors), number)
+        start = self._completed(task, factors_of(tensors), number)
         measured = self._scored(task, start, changes_of(tensors))
         return {
             f"{task.scored}/nats_per_token": measured.nats_per_token,
@@ -331,9 +337,9 @@ class Client:
 
     def _packed(self, task: Task, examples: Examples) -> Rows:
         """Examples in rows; all of them are kept in rows, a choice is not."""
-        whole, key = examples is self._fitting(task).train, (task.row_length, task.prompt)
-        if whole and key in self._rows:
-            return self._rows[key]
+        held = self._fitting(task)
+        if (whole := examples is held.train) and held.rows is not None:
+            return held.rows
         rows = pack_examples(
             tokenizer_for(self._workplace.tokenizer, examples, task.prompt),
             examples,
@@ -342,34 +348,41 @@ class Client:
             num_positions=self._workplace.num_positions,
         )
         if whole:
-            self._rows[key] = rows
+            held.rows = rows
         return rows
 
-    def _completed(self, tensors: Mapping[str, Floats], number: int) -> Mapping[str, Floats]:
+    def _completed(
+        self, task: Task, tensors: Mapping[str, Floats], number: int
+    ) -> Mapping[str, Floats]:
         """Factors, those that a question lacks taken from what the client kept."""
         named = {factor: _factors_in(tensors, (factor,)) for factor in BOTH}
         lacking = [factor for factor in BOTH if not named[factor]]
         if not lacking:
             return tensors
-        return {**tensors, **_factors_in(self._kept(number), lacking)}
+        return {**tensors, **_factors_in(self._kept(task, number), lacking)}
 
-    def _keep(self, made: Mapping[str, Floats], number: int) -> None:
-        self._state.mkdir(parents=True, exist_ok=True)
-        save_tensors(self._state / f"adapter-{number:04d}.safetensors", made)
-        for old in sorted(self._state.glob("adapter-*.safetensors"))[:-NUM_KEPT]:
+    def _folder(self, task: Task) -> Path:
+        """Where it keeps what is of this run."""
+        return self._state / task.run
+
+    def _keep(self, task: Task, made: Mapping[str, Floats], number: int) -> None:
+        folder = self._folder(task)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / f"adapter-{number:04d}.safetensors", made)
+        for old in sorted(folder.glob("adapter-*.safetensors"))[:-NUM_KEPT]:
             old.unlink()
 
-    def _kept(self, number: int) -> Mapping[str, Floats]:
+    def _kept(self, task: Task, number: int) -> Mapping[str, Floats]:
         files = [
             file
-            for file in sorted(self._state.glob("adapter-*.safetensors"))
+            for file in sorted(self._folder(task).glob("adapter-*.safetensors"))
             if int(file.stem.rpartition("-")[2]) < number
         ]
         if not files:
             raise _RefusedError(
                 "refused",
-                f"expected factors of a round before {number} in {self._state}, found none; they "
-                "were lost, so let the client begin anew under another name",
+                f"expected factors of a round before {number} in {self._folder(task)}, found none; "
+                "they were lost, so let the client begin anew under another name",
             )
         return dict(Stored(files[-1]))
 

@@ -25,12 +25,14 @@ Below `out`:
     rounds/NNNN/     where every group stands after a round, and the history so far; the last two
     adapters/GROUP/  PEFT directories, when all is done
     history.json     see `history`
+    run.txt          the name of this run, under which clients keep what is theirs
     ledger.jsonl     what left the clients, see `ledger`
 
 The same call on the same `out` goes on after the last whole round.
 """
 
 import math
+import secrets
 import shutil
 import time
 from collections import Counter
@@ -80,6 +82,7 @@ from fedgraft.training.adapter import write_adapter
 from fedgraft.weights.arithmetic import Floats
 
 ROUNDS, ADAPTERS, HISTORY, LEDGER = "rounds", "adapters", "history.json", "ledger.jsonl"
+RUN = "run.txt"
 NUM_KEPT = 2
 """Rounds that stay on disk."""
 FREE = {"name", "num_rounds", "timeout"}
@@ -110,6 +113,11 @@ def run_rounds(
         return _Run(exchange, plan, model, out, watch).everything()
 
 
+def run_name(out: Path) -> str:
+    """The name of the run in `out`: another one's clients keep nothing under it."""
+    return (out / RUN).read_text(encoding="utf-8").strip()
+
+
 class _Run:
     """One run: the groups, where they stand, and what has happened so far."""
 
@@ -122,7 +130,10 @@ class _Run:
         if plan.privacy or (plan.selection and plan.selection.privacy):
             check_installed()
         self.group_of = {name: group for group, names in plan.groups.items() for name in names}
-        self.asking = Asking(exchange, plan, self.workplace, Ledger(out / LEDGER), watch)
+        if not (out / RUN).exists():
+            (out / RUN).write_text(f"{plan.name}-{secrets.token_hex(6)}\n", encoding="utf-8")
+        ledger = Ledger(out / LEDGER)
+        self.asking = Asking(exchange, plan, self.workplace, ledger, run_name(out), watch)
         self.choosing = Choosing(self.asking, plan, self.workplace)
         self.trained: set[str] = set()
         self.coreset: Chosen | None = None

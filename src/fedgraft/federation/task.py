@@ -22,6 +22,8 @@ class Task(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    run: str = Field(pattern=r"^\w[\w.-]*$", max_length=240)
+    """Which run it belongs to: what a client keeps for it lies in a folder of that name."""
     model: str
     """Content hash of the grafted model."""
     tokenizer: str

@@ -43,7 +43,7 @@ from fedgraft.federation.history import History
 from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.partition import Partition
 from fedgraft.federation.plan import ORGANISATION, Name, Plan, Settings
-from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_rounds
+from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_name, run_rounds
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model, open_tokenizer
 from fedgraft.progress import progress
@@ -584,11 +584,12 @@ def _told(
     """What a federation says of its choices, beside its scores."""
     groups = {one.group for ours in clients.values() for one in ours}
     chosen: dict[str, set[int]] = {}
+    run = run_name(work)
     for name, ours in clients.items():
         if not any(done.chosen for done in history.rounds):
             chosen[name] = set(range(len(ours)))
         else:
-            chosen[name] = set(all_chosen(work / CLIENTS / name))
+            chosen[name] = set(all_chosen(work / CLIENTS / name / run))
     seen = {clients[name][place].group for name, places in chosen.items() for place in places}
     parts = [part for done in history.rounds for part in done.parts if part.counted]
     return {
@@ -611,10 +612,11 @@ def _marked(clients: Mapping[str, Sequence[Dialogue]], work: Path) -> Marked:
     chosen: list[int] = []
     clustered, before = False, 0
     for name, ours in clients.items():
-        labels = last_labels(work / CLIENTS / name, len(ours))
+        kept = work / CLIENTS / name / run_name(work)
+        labels = last_labels(kept, len(ours))
         clustered |= labels is not None
         clusters += [NOISE] * len(ours) if labels is None else labels.tolist()
-        chosen += [before + place for place in all_chosen(work / CLIENTS / name)]
+        chosen += [before + place for place in all_chosen(kept)]
         before += len(ours)
     return Marked(clusters=tuple(clusters) if clustered else (), chosen=tuple(chosen))
 

@@ -20,7 +20,7 @@ from fedgraft.federation.in_process import InProcess
 from fedgraft.federation.ledger import Ledger
 from fedgraft.federation.partition import Partition, summarise
 from fedgraft.federation.plan import ORGANISATION, Plan
-from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_rounds
+from fedgraft.federation.rounds import ADAPTERS, HISTORY, LEDGER, run_name, run_rounds
 from fedgraft.federation.standing import Stored
 from fedgraft.federation.workplace import Workplace
 from fedgraft.models import open_model
@@ -288,7 +288,9 @@ class Federating(Run):
         for department, ours in clients.items():
             shared = Stored(folder / ADAPTERS / department / WEIGHTS)
             for client, splits in ours.items():
-                kept = sorted((work / STATES / client).glob("adapter-*.safetensors"))
+                kept = sorted(
+                    (work / STATES / client / run_name(work)).glob("adapter-*.safetensors")
+                )
                 if not kept:  # it never answered
                     continue
                 own = Stored(kept[-1])
