@@ -114,8 +114,9 @@ def run_rounds(
 
 
 def run_name(out: Path) -> str:
-    """The name of the run in `out`: another one's clients keep nothing under it."""
-    return (out / RUN).read_text(encoding="utf-8").strip()
+    """The name of the run in `out`, under which its clients keep what is theirs; empty for none."""
+    file = out / RUN
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
 class _Run:
@@ -130,7 +131,7 @@ class _Run:
         if plan.privacy or (plan.selection and plan.selection.privacy):
             check_installed()
         self.group_of = {name: group for group, names in plan.groups.items() for name in names}
-        if not (out / RUN).exists():
+        if not run_name(out):
             (out / RUN).write_text(f"{plan.name}-{secrets.token_hex(6)}\n", encoding="utf-8")
         ledger = Ledger(out / LEDGER)
         self.asking = Asking(exchange, plan, self.workplace, ledger, run_name(out), watch)
