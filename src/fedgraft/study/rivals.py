@@ -102,18 +102,22 @@ def verdict(
             continue
         best = (min if unit == "nats" else max)(values, key=values.__getitem__)
         before = values.get(START)
-        began = "" if before is None else f", {_shown(before, unit)} before any training"
-        sentences = [
-            f"{words[0].upper()}{words[1:]}: {_shown(values[best], unit)} with {best}, the best of "
-            f"{len(values)} arms; {_shown(values[other], unit)} with {other}{began}."
-        ]
+        told = [f"{_shown(values[best], unit)} with {best}, the best of {len(values)} arms"]
+        if best != other:
+            told.append(f"{_shown(values[other], unit)} with {other}")
+        if before is not None:
+            told.append(f"{_shown(before, unit)} before any training")
+        sentences = [f"{words[0].upper()}{words[1:]}: {'; '.join(told)}."]
         ahead: dict[str, list[str]] = {}
         for one in compared:
             if one.score == name and one.told_apart and (one.difference > 0) == (unit == "share"):
                 ahead.setdefault(rivals[one.arm], []).append(one.arm)
-        for rival in dict.fromkeys((other, *rivals.values())) if tells else ():
-            told = ", ".join(ahead.get(rival, ())) or "no arm"
-            sentences.append(f"Ahead of {rival} by more than two standard errors: {told}.")
+        for rival, arms in ahead.items():
+            sentences.append(
+                f"Ahead of {rival} by more than two standard errors: {', '.join(arms)}."
+            )
+        if tells and not ahead:
+            sentences.append("No arm is ahead of its rival by more than two standard errors.")
         lines.append(" ".join(sentences))
     if not lines:
         return "Nothing was scored, so that nothing can be said."
