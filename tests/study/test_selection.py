@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,13 +12,17 @@ import yaml
 
 from fedgraft.errors import DialogueError, StudyError
 from fedgraft.federation.history import History
+from fedgraft.selection.projection import Name, Projection
 from fedgraft.study import kinds
 from fedgraft.study.result import Selections, load_result
 from fedgraft.study.rivals import START
 from fedgraft.study.selection import (
+    NAMES,
+    Arm,
     SelectionStudy,
     Source,
     first_by_hash,
+    in_words,
     load_source,
     run,
 )
@@ -256,6 +260,12 @@ def test_documents_are_no_dialogues(tmp_path: Path) -> None:
     file = write(tmp_path / "text.jsonl", [{"text": "The mill stands."}])
     with pytest.raises(DialogueError, match=r"expected dialogues .* or instr.*, found documents"):
         load_source(Source(file=str(file)))
+
+
+def test_every_projection_is_named_for_the_report() -> None:
+    assert set(NAMES) == set(get_args(Name))
+    arm = Arm(projection=Projection(name="tsne", num_dimensions=2), budget=0.1)
+    assert in_words(arm) == "FedHDS, t-SNE in 2 dimensions, 10% of all, none twice"
 
 
 def test_examples_that_cannot_be_shared_out_are_told(place: Path, tmp_path: Path) -> None:

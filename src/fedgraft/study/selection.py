@@ -100,6 +100,11 @@ MAP = "map"
 """Below the output of a study: where all examples lie."""
 CLIENTS = "clients"
 """Below the output of a federation: a folder for what each client keeps."""
+NAMES: Mapping[str, str] = {
+    **{"random": "random directions", "anchors": "anchors", "nystroem": "Nyström landmarks"},
+    **{"tsne": "t-SNE", "pca": "PCA", "kernel_pca": "kernel PCA", "umap": "UMAP"},
+}
+"""Projections, for the report."""
 NUM_DIRECTIONS = 64
 """That a map is drawn from; they keep distances to about a sixth."""
 
@@ -638,5 +643,6 @@ def in_words(arm: Arm) -> str:
         case "points":
             words = "a point of every example goes to the server"
         case "federated":
-            words = f"FedHDS, {arm.projection.name} in {arm.projection.num_dimensions} dimensions"
+            projection = arm.projection
+            words = f"FedHDS, {NAMES[projection.name]} in {projection.num_dimensions} dimensions"
     return f"{words}, {share}{where}"
