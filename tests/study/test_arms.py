@@ -16,7 +16,7 @@ import torch
 from tests.study.small import DEPARTMENTS, page, write_lines, write_material, write_study
 
 from fedgraft.errors import StudyError
-from fedgraft.evaluation.scorecard import Scorecard
+from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard
 from fedgraft.provenance import RECORD, Record
 from fedgraft.report.page import render
 from fedgraft.study.arms import run
@@ -365,3 +365,13 @@ def test_ways_to_merge_get_a_scale_and_test_scores_each(material: Path, tmp_path
     page = render(result)
     for words in ("Ways to add the residual", "TIES 0.2", "plain addition", "ties, density 0.2"):
         assert words in page
+    told = {
+        way: next(one.told for one in found.comparisons if one.score == FOLLOWED)
+        for way, found in result.merging.items()
+    }
+    assert told["the same"] == told["packed"] == "the same"
+    against = {(one.arm, one.against) for f in result.merging.values() for one in f.comparisons}
+    assert against == {(way, "graft") for way in ways}
+    same = ", ".join(way for way in result.merging if told[way] == "the same")
+    assert "by prompts followed in full: example by example against graft, " in result.verdict
+    assert f"{same} are the same" in result.verdict

@@ -142,6 +142,37 @@ def test_the_verdict_says_what_was_found() -> None:
     assert said.endswith("The gate says: promote the graft.")
 
 
+@pytest.mark.parametrize(
+    ("followed", "said"),
+    [
+        (90, "against S1, the graft is better by 40.0 points ("),
+        (51, "against S1, the graft cannot be told apart ("),
+        (50, "against S1, the graft is the same, a 95% interval"),
+        (10, "against S1, the graft is worse by 40.0 points ("),
+    ],
+)
+def test_the_verdict_is_a_sentence_whatever_the_interval_says(followed: int, said: str) -> None:
+    cards = {
+        arm: [card_of([1.0] * right + [0.0] * (100 - right), arm=arm, name=FOLLOWED)]
+        for arm, right in (("graft", followed), ("s1", 50))
+    }
+    summaries = summarise(one for found in cards.values() for one in found)
+    assert said in verdict(summaries, (), (), compare(cards))
+
+
+def test_other_ways_to_add_the_residual_are_told_against_plain_addition() -> None:
+    cards = {
+        arm: [card_of([1.0] * right + [0.0] * (100 - right), arm=arm, name=FOLLOWED)]
+        for arm, right in (("graft", 80), ("TIES 0.2", 30), ("1 bit", 79))
+    }
+    ways = compare(cards, [("TIES 0.2", "graft"), ("1 bit", "graft")])
+    assert verdict({}, (), (), ways=ways) == (
+        "Other ways to add the residual, by prompts followed in full: example by example against "
+        "graft, TIES 0.2 is worse; 1 bit is not to be told apart (95% intervals over 100 examples "
+        "of one seed)."
+    )
+
+
 def test_one_refusal_among_the_seeds_refuses_the_graft() -> None:
     summaries = summarise([card("graft", 1, nats=2.0), card("instruct", nats=1.0)])
     decisions = [decision("graft", "promote"), decision("graft", "refuse")]

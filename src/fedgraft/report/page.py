@@ -97,6 +97,7 @@ def _of_arms(result: Result) -> str:
         tables=_score_tables(result),
         adapters=_adapter_rows(result),
         merging=_merging_rows(result),
+        merging_plot=_merging_plot(result),
         examples=_examples(result),
         settings=list(flatten(result.settings)),
         num_seeds=len(result.scales),
@@ -281,16 +282,19 @@ def _apart_plot(result: Result) -> Plot | None:
 
 
 MERGING_SCORES = (FOLLOWED, RIGHT_AND_FOLLOWED, NEW_FACTS)
+MergingRow = tuple[str, str, str, list[Summary | None], Comparison | None]
 
 
-def _merging_rows(result: Result) -> list[tuple[str, str, str, list[Summary | None]]]:
-    """(name, words, scales chosen, test scores) for each way to add the residual, plain first."""
+def _merging_rows(result: Result) -> list[MergingRow]:
+    """(name, words, scales chosen, test scores, prompts followed against plain addition) for each
+    way to add the residual; plain first, which is compared with nothing."""
     if not result.merging:
         return []
     ways = {
-        "graft": ("plain addition", result.scales, result.summary["graft"]),
+        "graft": ("plain addition", result.scales, result.summary["graft"], ()),
         **{
-            way: (found.words, found.scales, found.summary) for way, found in result.merging.items()
+            way: (found.words, found.scales, found.summary, found.comparisons)
+            for way, found in result.merging.items()
         },
     }
     return [
@@ -299,9 +303,27 @@ def _merging_rows(result: Result) -> list[tuple[str, str, str, list[Summary | No
             words,
             ", ".join(f"{curve.chosen:g}" for curve in scales),
             [summary.get(name) for name in MERGING_SCORES],
+            next((one for one in comparisons if one.score == FOLLOWED), None),
         )
-        for way, (words, scales, summary) in ways.items()
+        for way, (words, scales, summary, comparisons) in ways.items()
     ]
+
+
+def _merging_plot(result: Result) -> Plot | None:
+    """Each way against plain addition, a colour a score."""
+    colours = (figures.BLUE, figures.GREEN, figures.ORANGE)
+    return apart_plot(
+        [
+            one
+            for found in result.merging.values()
+            for name in MERGING_SCORES
+            for one in found.comparisons
+            if one.score == name
+        ],
+        {SCORE_WORDS[name]: c for name, c in zip(MERGING_SCORES, colours, strict=True)},
+        series_of=lambda one: SCORE_WORDS[one.score],
+        group_of=lambda one: one.arm,
+    )
 
 
 def _loss_plot(result: Result) -> Plot:

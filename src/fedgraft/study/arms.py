@@ -99,12 +99,23 @@ class _Arms(Federating):
             decisions.append(decide(cards["graft"][-1], references, study.gate))
         summary = summarise(card for found in cards.values() for card in found)
         comparisons = compare(cards)
+        ways = {way: [card for _, card in found] for way, found in merged.items()}
+        plainly = {"graft": cards["graft"]}
+        ways_compared = {
+            way: compare({**plainly, way: found}, [(way, "graft")]) for way, found in ways.items()
+        }
         claims = check_claims(summary)
         tokens = self._num_tokens()
         Result(
             name=study.name,
             question=study.question,
-            verdict=verdict(summary, claims, decisions, comparisons),
+            verdict=verdict(
+                summary,
+                claims,
+                decisions,
+                comparisons,
+                ways=[one for found in ways_compared.values() for one in found],
+            ),
             claims=claims,
             decisions=tuple(decisions),
             arms=tuple(
@@ -118,7 +129,8 @@ class _Arms(Federating):
                 way: MergingResult(
                     words=_in_words(study.merging[way]),
                     scales=tuple(curve for curve, _ in found),
-                    summary=summarise(card for _, card in found)[way],
+                    summary=summarise(ways[way])[way],
+                    comparisons=ways_compared[way],
                 )
                 for way, found in merged.items()
             },

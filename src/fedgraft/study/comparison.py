@@ -219,12 +219,13 @@ def check_claims(summaries: Summaries) -> tuple[Claim, ...]:
 
 
 def in_a_sentence(comparison: Comparison) -> str:
-    """The difference in words, and what its interval speaks of."""
+    """The difference in words, with their verb, and what its interval speaks of."""
     found = comparison.difference
     assert found
+    verb = "" if comparison.told == "cannot be told" else "is "
     over = f"{found.num_examples:,} prompts"
     over += f" and {found.num_seeds} seeds" if found.num_seeds > 1 else " of one seed"
-    return f"{in_words(comparison)}, a {LEVEL:.0%} interval over {over}"
+    return f"{verb}{in_words(comparison)}, a {LEVEL:.0%} interval over {over}"
 
 
 def _shown(score: Summary) -> str:
@@ -265,8 +266,15 @@ def verdict(
     claims: Sequence[Claim],
     decisions: Sequence[Decision],
     comparisons: Sequence[Comparison] = (),
+    *,
+    ways: Sequence[Comparison] = (),
 ) -> str:
-    """A few sentences that a manager can act on."""
+    """A few sentences that a manager can act on.
+
+    Args:
+        comparisons: Of the arms with each other.
+        ways: Of other ways to add the residual with plain addition, the graft.
+    """
     sentences = []
     if "graft" in summaries and FOLLOWED in summaries["graft"]:
         graft, s1 = summaries["graft"][FOLLOWED].mean, summaries["s1"][FOLLOWED].mean
@@ -277,11 +285,11 @@ def verdict(
     found = {(c.arm, c.against, c.score): c for c in comparisons}
     ahead = found.get(("graft", "s1", FOLLOWED))
     if ahead and ahead.difference:
-        sentences.append(f"Prompt by prompt against S1, the graft is {in_a_sentence(ahead)}.")
+        sentences.append(f"Prompt by prompt against S1, the graft {in_a_sentence(ahead)}.")
     form = found.get(("graft", "instruct", "instructions/in_form"))
     if form and form.told == "worse":
         sentences.append(
-            "The form of right answers suffers: against the instruct model, the graft is "
+            "The form of right answers suffers: against the instruct model, the graft "
             f"{in_a_sentence(form)}."
         )
     texts = [
@@ -294,6 +302,11 @@ def verdict(
         sentences.append(
             f"It predicts the held-out text of {len(better)} of {len(texts)} departments better "
             "than the instruct model did."
+        )
+    if told := told_of(FOLLOWED, ways):
+        sentences.append(
+            "Other ways to add the residual, by prompts followed in full: "
+            f"{told[0].lower()}{told[1:]}"
         )
     if claims:
         reached = sum(claim.reached for claim in claims)

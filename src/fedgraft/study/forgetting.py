@@ -330,7 +330,7 @@ def verdict(
         if found.way == plain and (one.arm, one.against, one.score) == ("graft", "s1", FOLLOWED)
     ]
     sentences += [
-        f"Prompt by prompt against S1, the graft is {in_a_sentence(one)}."
+        f"Prompt by prompt against S1, the graft {in_a_sentence(one)}."
         for one in ahead
         if one.difference
     ]

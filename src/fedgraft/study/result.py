@@ -24,7 +24,8 @@ A study of arms goes on:
     summary            arm -> score -> mean and spread over the seeds
     comparisons        two arms and a score: how far apart on the same examples, with an interval
     scales             for each seed: the curve on the validation split and the scale chosen
-    merging            name -> other ways to add the residual: words, scales by seed, test scores
+    merging            name -> other ways to add the residual: words, scales by seed, test scores,
+                       and how far from plain addition
     adapters           for each department and seed: before (graft) and after
     tuning             what instruction tuning again would cost, by the paper's formula
     tokens             tokens of continued pre-training in each arm
@@ -268,6 +269,8 @@ class MergingResult(_Record):
     words: str
     scales: tuple[ScaleCurve, ...]
     summary: dict[str, Summary]
+    comparisons: tuple[Comparison, ...] = ()
+    """With the graft, which is plain addition; none in results of before 2026-11-29."""
 
 
 class AdapterResult(_Record):
