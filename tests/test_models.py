@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, T5Config, T5Model, ViTConfig, ViTModel
 
 from fedgraft.errors import ArtefactError, CheckpointError
@@ -83,6 +83,52 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
         open_model(folder)
     with pytest.raises(CheckpointError, match="or a sentence encoder in safetensors that transf"):
         open_encoder(folder)
+
+
+def with_other_tensors(source: Path, how: str) -> Path:
+    """A checkpoint whose weights are not those of its config, in one way."""
+    file, settings = source / "model.safetensors", source / "config.json"
+    tensors, config = load_file(file), json.loads(settings.read_text())
+    one = "model.layers.0.mlp.up_proj.weight"
+    match how:
+        case "missing":
+            del tensors[one]
+        case "output layer missing":
+            config["tie_word_embeddings"] = False
+        case "left over":
+            config["num_hidden_layers"] -= 1
+            config["layer_types"] = config.get("layer_types", [])[:-1] or None
+        case "of another shape":
+            tensors[one] = tensors[one][:3].clone()
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+            return source
+    save_file(tensors, file, metadata={"format": "pt"})
+    settings.write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "expected model.layers.0.mlp.up_proj.weight among the weights, .* found it mi"),
+        ("output layer missing", "expected lm_head.weight among the weights"),
+        ("left over", r"found model.layers.1.\S+ too, and \d+ others; take config.json and weigh"),
+        ("of another shape", r"up_proj.weight of shape \[\d+, \d+\], .* found \[3, \d+\]; take"),
+        ("cut", "in safetensors that transformers can open, found: .*incomplete"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused_not_filled_with_random_ones(
+    how: str, message: str, tmp_path: Path
+) -> None:
+    source = with_other_tensors(save_tiny(tmp_path / "source", num_layers=2), how)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(source)
+    if how == "output layer missing":
+        open_encoder(source)  # which has no use for it
+    else:
+        with pytest.raises(CheckpointError, match=message.replace("model.layers", ".*layers")):
+            open_encoder(source)
 
 
 def test_code_that_ships_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ with a checkpoint is never run.
 import ctypes
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -204,21 +205,66 @@ def _open(auto: type[Any], path: str | Path, dtype: torch.dtype, noun: str) -> "
     _check_directory(path)
     _quiet()
     keep_freed_memory()
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = auto.from_pretrained(
+        model, loaded = auto.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: expected {noun} in safetensors that transformers can open, "
             f"found: {_first_line(error)}"
         ) from error
+    _refuse_other_tensors(path, loaded, is_whole=auto is AutoModelForCausalLM)
     return model.to(device()).eval()
+
+
+HEADS = ("pooler.", "lm_head.", "cls.")
+"""What a reader of text has no use for."""
+LAYER = re.compile(r"layers?\.\d+\.")
+"""In the names of tensors that a reader of text has a use for, whatever its kind."""
+
+
+def _refuse_other_tensors(path: str | Path, loaded: Mapping[str, Any], *, is_whole: bool) -> None:
+    """Refuse a checkpoint whose tensors are not those of its config.
+
+    transformers fills what is missing with random numbers and drops what is left over.
+
+    Args:
+        loaded: What transformers says that it did.
+        is_whole: Every tensor of the checkpoint has its place in the model.
+    """
+    for name, theirs, ours in sorted(map(tuple, loaded["mismatched_keys"])):
+        raise CheckpointError(
+            f"{path}: expected {name} of shape {list(ours)}, as config.json has it, found "
+            f"{list(theirs)}; take config.json and weights of one model"
+        )
+    missing = sorted(n for n in loaded["missing_keys"] if is_whole or not _is_of_a_head(n))
+    if missing:
+        others = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{path}: expected {missing[0]} among the weights, as config.json has it, found it "
+            f"missing{others}; fetch the checkpoint again, or take config.json and weights of one "
+            "model"
+        )
+    left_over = sorted(n for n in loaded["unexpected_keys"] if is_whole or LAYER.search(n))
+    if left_over:
+        others = f", and {len(left_over) - 1} others" if len(left_over) > 1 else ""
+        raise CheckpointError(
+            f"{path}: expected the tensors that config.json asks for, found {left_over[0]} "
+            f"too{others}; take config.json and weights of one model"
+        )
+
+
+def _is_of_a_head(name: str) -> bool:
+    return any(f".{head}" in f".{name}" for head in HEADS)
 
 
 def _quiet() -> None:

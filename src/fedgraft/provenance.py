@@ -7,10 +7,12 @@ no time and no path, so that the same inputs give the same bytes.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Iterator
@@ -24,7 +26,10 @@ from fedgraft.errors import ArtefactError
 
 RECORD = "fedgraft.json"
 LIBRARIES = ("numpy", "torch", "transformers", "peft")
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 Kind = Literal[
     "checkpoint",
@@ -90,12 +95,28 @@ class Record(BaseModel):
 def check_free(out: Path, *, overwrite: bool = False) -> None:
     """Ask before long work whether an artefact may be written to `out`.
 
-    Raises ArtefactError where it exists (unless `overwrite`), or is not a directory.
+    Raises ArtefactError where it exists (unless `overwrite`, and it is an artefact), where it is
+    not a directory, lies in none, or is a mount point, which nothing can take the place of.
     """
-    if out.exists() and not out.is_dir():
-        raise ArtefactError(f"{out}: expected a directory to write, found a file; choose another")
-    if out.exists() and not overwrite and any(out.iterdir()):
+    for place in (out, *out.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise ArtefactError(
+                f"{place}: expected a directory to write, found a file; choose another"
+            )
+    if os.path.ismount(out):
+        raise ArtefactError(
+            f"{out}: expected a directory that appears whole, found a mount point, which cannot be "
+            f"put into its place; choose a directory in it, such as {out / 'result'}"
+        )
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
         raise ArtefactError(f"{out} exists already; remove it or choose another --out")
+    if not (out / RECORD).is_file():
+        raise ArtefactError(
+            f"{out}: expected an artefact to overwrite, found a directory without {RECORD}; remove "
+            "it yourself or choose another --out"
+        )
 
 
 @contextlib.contextmanager
@@ -107,9 +128,9 @@ def new_artefact(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     first to be ready stays, and the others are told that it exists; with `overwrite`, the last.
 
     Raises ArtefactError where `out` exists (unless `overwrite`), also where another wrote it in the
-    meantime; where it is not a directory, or cannot be written (full disk, no permission).
+    meantime; where `check_free` does, or it cannot be written (full disk, no permission).
     """
-    out = out.absolute()
+    out = out.resolve() if out.is_symlink() else out.absolute()
     check_free(out, overwrite=overwrite)
     partial = _beside(out, "partial")
     _writing.add(partial)
@@ -126,13 +147,15 @@ def new_artefact(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _writing.discard(partial)
 
 
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""This machine, or container, in a name: the numbers of processes are its own."""
 _writing: set[Path] = set()
 """What this process has beside its artefacts at the moment: none of it is abandoned."""
 
 
 def _beside(out: Path, kind: Literal["partial", "old"]) -> Path:
-    """A place that no other process, and no other thread of this one, has."""
-    return out.with_name(f".{out.name}.{kind}-{threading.get_ident()}-{os.getpid()}")
+    """A place that no other process, on any machine, and no other thread of this one, has."""
+    return out.with_name(f".{out.name}.{kind}-{HOST}-{threading.get_ident()}-{os.getpid()}")
 
 
 def _renamed(partial: Path, out: Path) -> bool:
@@ -174,9 +197,10 @@ def told_if_unwritable(place: Path, *, left: str = "nothing was left there") -> 
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what killed runs left beside `out`; a directory of a living process stays."""
+    """Remove what killed runs of this machine left beside `out`; what a living process writes,
+    or another machine that shares the disk, stays."""
     for kind in ("partial", "old"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-{HOST}-*"):
             owner = left.name.rpartition("-")[2]
             if owner.isdigit() and left not in _writing and not _is_alive(int(owner)):
                 shutil.rmtree(left, ignore_errors=True)

@@ -221,6 +221,52 @@ def test_a_budget_that_is_no_number_is_a_usage_error(text: str, tmp_path: Path) 
     assert "expected a number of tokens" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("verb", "options", "message"),
+    [
+        ("pretrain", ("--warmup", 2), "warmup: Input should be less than 1"),
+        ("pretrain", ("--learning-rate", 0), "learning_rate: Input should be greater than 0"),
+        ("pretrain", ("--schedule", "wsd", "--warmup", 0.9), "choose a sum of at most 1"),
+        ("pretrain", ("--replay-share", 0.3), "expected --replay, the old text, beside"),
+        ("adapt", ("--rank", 0, "--department", "hr"), "rank: Input should be greater than 0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_a_usage_error_before_any_work(
+    verb: str, options: tuple[object, ...], message: str, material: Path, tmp_path: Path
+) -> None:
+    done = fedgraft(
+        *(verb, material / "base", "--data", material / "hr.jsonl", "--out", tmp_path / "out"),
+        *("--tokens", "1k", *options),
+    )
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "adapt", "graft"])
+def test_a_place_that_is_taken_is_told_before_any_work(
+    verb: str, material: Path, residual: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    command = {
+        "pretrain": (material / "base", "--data", tmp_path / "none", "--tokens", "1k"),
+        "adapt": (material / "base", "--data", tmp_path / "none", "--department", "hr"),
+        "graft": (material / "base", residual, "--scale", "auto", "--data", tmp_path / "none"),
+    }[verb]
+    assert "out exists already; remove it" in refused(
+        fedgraft(verb, *command, "--out", tmp_path / "out")
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_scorecard_is_a_file_and_that_is_told_before_anything_is_scored(
+    material: Path, tmp_path: Path
+) -> None:
+    command = ("evaluate", material / "base", "--data", tmp_path / "none", "--out", tmp_path)
+    assert "expected a file for the scorecard, found a directory" in refused(fedgraft(*command))
+
+
 def test_a_known_error_is_one_message_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedgraft.cli.main", "report", str(tmp_path)],

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given
@@ -87,6 +88,17 @@ def chosen(company: Path, **changes: object) -> ScaleChoice:
         **changes,
     }
     return choose_scale(**given)  # type: ignore[arg-type]
+
+
+def test_models_may_be_named_as_on_the_hub(company: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, **_: object) -> str:
+        return str(company / name.removeprefix("acme/"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    named = {"target": "acme/newer", "base": "acme/base", "instruct": "acme/instruct"}
+    short: dict[str, object] = {"scales": (1.0,)}
+    plain = chosen(company, instruct=company / "instruct", **short)
+    assert chosen(company, **named, **short).trials == plain.trials
 
 
 def trial(scale: float, nats: float, kept: float = 1.0) -> ScaleTrial:

@@ -1,9 +1,11 @@
 """Laws of a file's coreset: whole lines, each with its reason, and what was left out is told."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,19 @@ def test_chosen_lines_stand_as_in_the_file_each_with_its_reason(file: Path, mode
     assert [reason.line for reason in found.reasons] == sorted(r.line for r in found.reasons)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_ends_at_a_line_feed_and_the_file_may_be_compressed(
+    suffix: str, model: Path, tmp_path: Path
+) -> None:
+    """Other separators of Unicode may stand in JSON as they are."""
+    rows = [row(n) | {"response": f"First.\u2028Number {n}.\x85"} for n in range(24)]
+    written = "".join(json.dumps(one, ensure_ascii=False) + "\r\n" for one in rows).encode()
+    path = tmp_path / f"examples{suffix}"
+    path.write_bytes(gzip.compress(written) if suffix.endswith("gz") else written)
+    found = select(path, model, ALIGNED, window=128)
+    assert [json.loads(line) for line in found.lines] == [rows[r.line - 1] for r in found.reasons]
+
+
 def test_a_line_longer_than_the_window_is_left_out_and_told(file: Path, model: Path) -> None:
     found = select(file, model, ALIGNED, window=128)
     assert found.too_long == (26,)
@@ -85,6 +100,14 @@ def test_it_is_the_choice_of_a_federation_at_one_place(file: Path, model: Path) 
     points = project(features, ALIGNED.projection, shared=shared)
     chosen = coreset({EVERYBODY: points}, ALIGNED, seed=3)
     assert [one.index for one in chosen] == list(found.chosen)
+
+
+def test_the_model_may_be_named_as_on_the_hub(
+    file: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model))
+    named, plain = (select(file, one, ALIGNED, window=128) for one in ("acme/tiny", model))
+    assert named.lines == plain.lines
 
 
 def test_the_same_call_chooses_the_same(file: Path, model: Path, tmp_path: Path) -> None:

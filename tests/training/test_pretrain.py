@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_training_moves_the_weights_and_lowers_the_loss(
     assert losses[-1][1] < losses[0][1] - 0.3
     assert leftovers(tmp_path) == ["out"]
     assert record.ancestors == (Checkpoint.open(checkpoint).content_hash,)
+
+
+def test_weights_of_several_dtypes_are_refused_before_the_training(
+    checkpoint: Path, rows: Rows, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(checkpoint, mixed)
+    tensors = weights_of(mixed)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].to(torch.bfloat16)
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="weights of one dtype, found BF16, F32; save the"):
+        continue_pretraining(mixed, rows, tmp_path / "out", SETTINGS)
+    assert leftovers(tmp_path) == ["mixed"]
 
 
 def test_one_batch_of_eight_equals_eight_of_one(rows: Rows, tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def evaluate(
     from fedgraft.weights.checkpoint import resolve
 
     cards = []
+    if out and out.is_dir():
+        raise EvaluationError(
+            f"{out}: expected a file for the scorecard, found a directory; name one in it, such as "
+            f"{out / 'scorecard.json'}"
+        )
     path = resolve(model)
     if suite or task:
         settings = BenchmarkSettings(

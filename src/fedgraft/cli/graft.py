@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedgraft.cli.arguments import Out, Overwrite, Target
+from fedgraft.cli.arguments import Out, Overwrite, Target, options_checked
 from fedgraft.cli.console import finish
 from fedgraft.cli.places import resolve
 from fedgraft.cli.scale import choose as choose_scale
@@ -127,6 +127,7 @@ def graft(
     the scales at which TARGET keeps most of what it has read, the one is taken that
     stays closest to those answers. No instruction data is needed.
     """
+    from fedgraft.provenance import check_free
     from fedgraft.weights.family import Family
     from fedgraft.weights.graft import graft as add
     from fedgraft.weights.merging import Factors, Method
@@ -140,6 +141,9 @@ def graft(
         addends = [Difference(Family.open(*sides))]
     elif base_adapter or instruct_adapter:
         raise typer.BadParameter("expected --base-adapter, --instruct-adapter without RESIDUAL")
+    check_free(out, overwrite=overwrite)
+    with options_checked():
+        chosen = Method(name=method, density=density, gamma=gamma, seed=seed)
     texts = scale or ["1.0"]
     if texts == ["auto"]:
         if len(addends) > 1:
@@ -160,7 +164,7 @@ def graft(
         addends,
         out,
         scale=scales[0] if len(scales) == 1 else scales,
-        method=Method(name=method, density=density, gamma=gamma, seed=seed),
+        method=chosen,
         factors=Factors.parse(factor or []),
         any_parent=any_parent,
         verify=verify,

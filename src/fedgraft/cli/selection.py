@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedgraft.cli.arguments import MODEL, Out, Overwrite
+from fedgraft.cli.arguments import MODEL, Out, Overwrite, options_checked
 from fedgraft.cli.console import finish, say
 from fedgraft.cli.places import resolve
 
@@ -86,23 +86,25 @@ def select(
 
     method = method or ("federated" if client else "local")
     asked: dict[str, object] = {"method": method, "budget": budget}
-    if method != "random":
-        asked |= {
-            "encoding": Encoding(pooling=pooling),
-            "projection": Projection(name=projection, num_dimensions=dimensions),
-            "clustering": Clustering(min_cluster_size=min_cluster, min_samples=1, noise=noise),
-        }
-    if method in ("federated", "local"):
-        asked["quality"] = quality
-    if method in ("federated", "points"):
-        asked["server"] = server
-    if method == "federated" and server == "hdbscan":
-        asked["server_clustering"] = Clustering(min_cluster_size=2, min_samples=1, noise=noise)
+    with options_checked():
+        if method != "random":
+            asked |= {
+                "encoding": Encoding(pooling=pooling),
+                "projection": Projection(name=projection, num_dimensions=dimensions),
+                "clustering": Clustering(min_cluster_size=min_cluster, min_samples=1, noise=noise),
+            }
+        if method in ("federated", "local"):
+            asked["quality"] = quality
+        if method in ("federated", "points"):
+            asked["server"] = server
+        if method == "federated" and server == "hdbscan":
+            asked["server_clustering"] = Clustering(min_cluster_size=2, min_samples=1, noise=noise)
+        selection = Selection.model_validate(asked)
     check_free(out, overwrite=overwrite)
     selected = select_lines(
         file,
         model,
-        Selection.model_validate(asked),
+        selection,
         client_field=client,
         prompt=prompt,
         window=window,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count
+from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count, options_checked
 from fedgraft.cli.console import finish, say
 from fedgraft.progress import is_first
 
@@ -21,6 +21,7 @@ NUM_PASSES = 3
 """How often an adapter reads its text where no budget is given."""
 
 LearningRate = Annotated[float, typer.Option("--learning-rate", help="The highest, after warm-up.")]
+REPLAY_SHARE = 0.1
 ROW_LENGTH = 4096
 RowLength = Annotated[
     int | None,
@@ -76,8 +77,11 @@ def pretrain(
         typer.Option("--replay", help="Old text to mix in, so that less is forgotten; repeatable."),
     ] = None,
     replay_share: Annotated[
-        float, typer.Option("--replay-share", help="Share of the tokens that is old text.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            "--replay-share", help="Share of the tokens that is old text.", show_default="0.1"
+        ),
+    ] = None,
     learning_rate: LearningRate = 1e-5,
     schedule: Annotated[
         Schedule,
@@ -124,24 +128,31 @@ def pretrain(
 
         torchrun --nproc-per-node 8 -m fedgraft pretrain ... --shard
     """
+    from fedgraft.provenance import check_free
     from fedgraft.training.pretrain import budget_path, continue_pretraining
     from fedgraft.training.settings import Lora, PretrainSettings
 
     budgets = tuple(sorted(set(budget or ())))
-    settings = PretrainSettings(
-        num_tokens=tokens,
-        budgets=budgets,
-        learning_rate=learning_rate,
-        schedule=schedule.value,
-        warmup=warmup,
-        lora=Lora(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
-        batch_tokens=batch_tokens,
-        micro_batch_rows=micro_batch_rows,
-        gradient_checkpointing=gradient_checkpointing,
-        precision=precision.value,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
+    with options_checked():
+        settings = PretrainSettings(
+            num_tokens=tokens,
+            budgets=budgets,
+            learning_rate=learning_rate,
+            schedule=schedule.value,
+            warmup=warmup,
+            lora=Lora(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
+            batch_tokens=batch_tokens,
+            micro_batch_rows=micro_batch_rows,
+            gradient_checkpointing=gradient_checkpointing,
+            precision=precision.value,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+        )
+    if replay_share is None:
+        replay_share = REPLAY_SHARE if replay else 0.0
+    elif not replay:
+        raise typer.BadParameter("expected --replay, the old text, beside --replay-share")
+    check_free(out, overwrite=overwrite)
     old = _packed(model, replay, out, row_length, seed, "replay") if replay else nullcontext()
     with _packed(model, data, out, row_length, seed) as rows, old as replayed:
         continue_pretraining(
@@ -150,7 +161,7 @@ def pretrain(
             out,
             settings,
             replay=replayed,
-            replay_share=replay_share if replay else 0.0,
+            replay_share=replay_share,
             overwrite=overwrite,
             sharded=shard,
             watchers=tuple(reporter.value for reporter in report_to or ()),
@@ -187,16 +198,18 @@ def adapt(
     The model itself stays as it is. A run that was stopped goes on when the same
     command is run again.
     """
+    from fedgraft.provenance import check_free
     from fedgraft.training.adapter import train_adapter
     from fedgraft.training.settings import AdapterSettings
 
-    with _packed(model, data, out, row_length, seed) as rows:
+    check_free(out, overwrite=overwrite)
+    with options_checked():
         settings = AdapterSettings(
-            num_tokens=tokens or NUM_PASSES * rows.num_tokens,
-            learning_rate=learning_rate,
-            rank=rank,
-            seed=seed,
+            num_tokens=tokens or 1, learning_rate=learning_rate, rank=rank, seed=seed
         )
+    with _packed(model, data, out, row_length, seed) as rows:
+        if tokens is None:
+            settings = settings.model_copy(update={"num_tokens": NUM_PASSES * rows.num_tokens})
         train_adapter(model, rows, out, settings, department=department, overwrite=overwrite)
     finish("adapter", out, steps=[f"fedgraft chat {model} --adapter {out}"])
 

@@ -32,7 +32,7 @@ from fedgraft.evaluation.perplexity import BATCH_TOKENS, document_perplexity
 from fedgraft.models import open_model, open_tokenizer, take_generation_config
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Message, prompt_ids
-from fedgraft.weights.checkpoint import Checkpoint
+from fedgraft.weights.checkpoint import Checkpoint, resolve
 from fedgraft.weights.live import Live, applied
 from fedgraft.weights.residual import Difference, Residual
 
@@ -156,6 +156,8 @@ def choose_scale(
     """
     if not scales or not all(map(math.isfinite, scales)):
         raise EvaluationError(f"expected finite scales to try, found {list(scales) or 'none'}")
+    base, target = resolve(base), resolve(target)
+    instruct = instruct and resolve(instruct)
     _refuse_others(residual, base, instruct)
     tokenizer = open_tokenizer(residual.companions)
     asked = [

@@ -50,6 +50,11 @@ class Reader:
         self._models: dict[Path, PreTrainedModel] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def path(self) -> Path:
+        """Where the model stands, also one that was named as on the hub."""
+        return self._source.path
+
     def features(
         self,
         examples: Examples,

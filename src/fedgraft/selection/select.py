@@ -33,6 +33,7 @@ from fedgraft.text.examples import (
     examples_at,
     tokenizer_for,
 )
+from fedgraft.text.sources import raw_lines
 from fedgraft.text.tasks import load_examples
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def select(
     rows = [(number, row) for number, row in read_json_lines(path)]
     owners = [_owner(path, number, row, client_field) for number, row in rows]
     reader = Reader(model)
-    kept = _fitting(path, open_tokenizer(model), examples, prompt, window)
+    kept = _fitting(path, open_tokenizer(reader.path), examples, prompt, window)
     compared = examples_at(examples, kept)
     found = reader.features(
         compared, selection.encoding, window=window, prompt=prompt, folder=features
@@ -142,7 +143,6 @@ def select(
     for client, places in members.items():
         labels[places] = grouped(points[client], selection, centres=centres).labels
     texts = example_texts(compared)
-    raw = path.read_text(encoding="utf-8").splitlines()
     reasons = {
         members[one.client][one.index]: Reason(
             line=rows[kept[members[one.client][one.index]]][0],
@@ -156,10 +156,11 @@ def select(
         for one in chosen
     }
     places = sorted(reasons)
+    raw = raw_lines(path, {reason.line for reason in reasons.values()})
     plane, words = _plane(found, points, members, selection.projection, seed)
     left_out = sorted(set(range(len(examples))) - set(kept))
     return Selected(
-        lines=tuple(raw[reasons[place].line - 1] for place in places),
+        lines=tuple(raw[reasons[place].line] for place in places),
         reasons=tuple(reasons[place] for place in places),
         chosen=tuple(places),
         clients=tuple(owners[line] for line in kept),

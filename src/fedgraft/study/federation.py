@@ -56,6 +56,7 @@ from fedgraft.study.together import holdings, traffic, train_together
 from fedgraft.text.corpus import Splits
 from fedgraft.text.dialogues import with_template
 from fedgraft.text.examples import Example
+from fedgraft.weights.checkpoint import resolve
 
 log = logging.getLogger(__name__)
 
@@ -293,13 +294,12 @@ def run(file: FederationFile, out: Path, *, watch: Watch = lambda _: None) -> Fe
     has no template for, and as `run_rounds` does.
     """
     started = time.monotonic()
+    model = resolve(file.model)
     departments = load_departments(file)
     clients = shared(file, departments)
     if any(member.dialogues for member in file.departments.values()):
-        with_template(open_tokenizer(file.model), file.prompt)
-    train_together(
-        Path(file.model), clients, file.plan, out, max_documents=file.max_documents, watch=watch
-    )
+        with_template(open_tokenizer(model), file.prompt)
+    train_together(model, clients, file.plan, out, max_documents=file.max_documents, watch=watch)
     texts = [split.train for ours in clients.values() for split in ours.values()]
     return finished(
         file,

@@ -90,7 +90,7 @@ from fedgraft.text.examples import hash_examples
 from fedgraft.text.tasks import load_instructions, load_tasks, task_names
 from fedgraft.training.adapter import merge_adapter, open_adapted
 from fedgraft.training.settings import PretrainSettings
-from fedgraft.weights.checkpoint import Checkpoint
+from fedgraft.weights.checkpoint import Checkpoint, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -342,7 +342,7 @@ class _Run:
         if self.model_run:
             return self.model_run.grafted(seed)
         assert self.study.model
-        return Path(self.study.model)
+        return resolve(self.study.model)
 
     def _clients(self, model: Path, seed: int) -> dict[str, list[Dialogue]]:
         """Who holds which dialogues; those longer than a row are left out, and counted."""

@@ -22,7 +22,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,6 +255,20 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
     Raises CorpusError with file and line where a line is not UTF-8, not JSON or not an object.
     """
     return _json_rows(file, _Faults(limit=0, found=[]), _ignore)
+
+
+def raw_lines(file: Path, numbers: Collection[int]) -> dict[int, str]:
+    """The lines with these numbers (the first is 1) as they are written, without their ends.
+
+    A line ends at a line feed, as `read_json_lines` counts them, and at nothing else that Unicode
+    calls a separator. Raises CorpusError as it does.
+    """
+    with _opened(file, _ignore) as lines:
+        return {
+            number: _decode(line, file, number).rstrip("\r\n")
+            for number, line in enumerate(_lines(lines, file), 1)
+            if number in numbers
+        }
 
 
 def _json_rows(file: Path, faults: _Faults, read: Read) -> Iterator[tuple[int, dict[str, object]]]:

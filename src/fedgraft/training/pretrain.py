@@ -61,6 +61,7 @@ def continue_pretraining(
             seed=settings.seed,
         )
     _check_budgets(rows, settings)
+    _dtype(source)  # or an error, now and not after the training
     if settings.lora and sharded:
         raise TrainingError(
             "expected all parameters to be trained where they are shared out among processes, "
