@@ -35,7 +35,10 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "flwr": "federation/flower.py",
     "fundus": "text/crawl.py",
     "huggingface_hub": "weights/",
-    "jinja2": "report/template.py",
+    "jinja2": (
+        "report/template.py",
+        "text/dialogues.py",  # what a chat template raises
+    ),
     "langdetect": "evaluation/harness.py",
     "lm_eval": "evaluation/harness.py",
     "matplotlib": "report/figures.py",

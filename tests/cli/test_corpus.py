@@ -10,6 +10,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedgraft.cli.main import app
+from fedgraft.errors import CorpusError
+from fedgraft.testing import save_tiny
 from fedgraft.text.corpus import Corpus
 
 STORY = "The {thing} of the town was opened again this week, and nobody expected it so early."
@@ -106,7 +108,44 @@ def test_broken_lines_are_shown_with_their_places_and_written_down(
     done = fedgraft("corpus", news, "--out", out, "--max-broken", 3)
     assert "broken      1 lines or files passed over" in done.stdout
     assert "line 12: expected a JSON object" in done.stdout
-    assert "line 12: expected a JSON object" in (out / "broken.txt").read_text()
+    assert "line 12: expected a JSON object" in (out / "broken.log").read_text()
+
+
+@pytest.fixture
+def text(news: Path, tmp_path: Path) -> Path:
+    """A corpus with text in each of its parts, and with lines that were passed over."""
+    news.write_text(news.read_text() + "{broken\n")
+    out = tmp_path / "runs" / "text"
+    fedgraft("corpus", news, "--out", out, "--max-broken", 1, "--validation", 0.3, "--test", 0.3)
+    assert all((out / f"{part}.jsonl").read_text() for part in ("train", "validation", "test"))
+    return out
+
+
+def test_the_parts_of_a_corpus_are_not_read_together(text: Path, tmp_path: Path) -> None:
+    files = ", ".join(str(text / f"{part}.jsonl") for part in ("train", "validation", "test"))
+    for folder in (text, text.parent):
+        with pytest.raises(CorpusError, match=re.escape(f"name what you mean of {files}")):
+            Corpus.load(folder)
+    message = refused(fedgraft("corpus", text, "--out", tmp_path / "again"))
+    assert f"{text}: expected text for one purpose" in message
+    assert Corpus.load(text / "test.jsonl").documents
+
+
+def test_what_was_passed_over_is_no_text(text: Path) -> None:
+    (text / "fedgraft.json").unlink()
+    assert {document.source for document in Corpus.load(text).documents} == {
+        *("train.jsonl", "validation.jsonl", "test.jsonl")
+    }
+
+
+def test_a_corpus_is_learnt_from_where_it_is_for_training(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    num_lines = len((text / "train.jsonl").read_text().splitlines())
+    for verb, more in (("adapt", ("--department", "hr")), ("pretrain", ())):
+        to = ("--tokens", 300, "--out", tmp_path / verb)
+        done = fedgraft(verb, model, "--data", text, *to, *more)
+        assert done.exit_code == 0, done.output
+        assert f"{num_lines} documents" in done.stdout
 
 
 def test_text_of_which_nothing_is_left_is_refused_with_the_reasons(
@@ -122,6 +161,7 @@ def test_settings_that_cannot_be_are_refused(news: Path, tmp_path: Path) -> None
     to = ("--out", tmp_path / "a")
     assert "expected a tokenizer" in refused(fedgraft("corpus", news, *to, "--min-tokens", 5))
     assert "sum below 1" in refused(fedgraft("corpus", news, *to, "--test", 0.95))
+    assert "found nan and 0.1" in refused(fedgraft("corpus", news, *to, "--validation", "nan"))
     swapped = ("--min-tokens", 9, "--max-tokens", 5, "--model", "pocket:base")
     assert "swap them" in refused(fedgraft("corpus", news, *to, *swapped))
     assert "found nothing there" in refused(fedgraft("corpus", tmp_path / "missing", *to))

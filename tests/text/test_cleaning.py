@@ -160,6 +160,11 @@ def test_case_and_punctuation_do_not_make_a_text_new() -> None:
     assert kept("One, two: three!", "one two three", settings=settings) == ["One, two: three!"]
 
 
+def test_texts_without_any_word_are_not_duplicates_of_each_other() -> None:
+    texts = ("---", "★★★", "★ ★ ★")
+    assert kept(*texts, settings=Cleaning(languages=None)) == [*texts]
+
+
 def test_a_language_that_was_not_asked_for_is_dropped() -> None:
     settings = Cleaning(near_duplicates=None)
     assert kept(ENGLISH, GERMAN, settings=settings) == [ENGLISH]

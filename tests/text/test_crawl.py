@@ -289,6 +289,49 @@ def test_a_file_of_something_else_is_not_written_into(site: Site, tmp_path: Path
     assert out.read_text() == '{"text": "mine"}\n'
 
 
+OURS = '{"id": "http://a/1", "url": "http://a/1", "text": "one"}\n'
+
+
+@pytest.mark.parametrize("name", ["notes.csv", "old.jsonl.gz", "news"])
+def test_a_file_of_another_kind_is_refused_before_it_is_touched(
+    site: Site, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / name
+    out.write_text(OURS + "a last record")
+    with pytest.raises(CorpusError, match=rf"expected a \.jsonl file to add .*{name}; .*--out"):
+        fetch(site, out)
+    assert out.read_text() == OURS + "a last record"
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "mine"}\n{"text": "and this', 1),
+        ('{"text": "all on one line', 1),
+        (OURS + "a last record", 2),
+        (OURS + '{"text": "whole"}', 2),
+    ],
+)
+def test_a_last_line_of_something_else_is_refused_not_cut_off(
+    site: Site, tmp_path: Path, content: str, line: int
+) -> None:
+    out = tmp_path / "a.jsonl"
+    out.write_text(content)
+    with pytest.raises(CorpusError, match=rf"a\.jsonl, line {line}: expected "):
+        fetch(site, out)
+    assert out.read_text() == content
+
+
+def test_a_kill_within_the_first_line_leaves_nothing_to_keep(site: Site, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    fetch(site, whole)
+    for left in (1, 40):
+        out.write_bytes(whole.read_bytes()[:left])
+        assert fetch(site, out).num_cut == left
+        assert out.read_bytes() == whole.read_bytes()
+
+
 @pytest.fixture
 def full_disk() -> Iterator[int]:
     """No file of this process may grow beyond so many bytes."""

@@ -99,6 +99,40 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         encode(forgetful, dialogue_of("Where?", "Here."))
 
 
+REFUSING = (
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate, and no system') }}"
+    "{% endif %}{{ message['content'] }}{% endfor %}"
+)
+"""As Gemma's template does."""
+
+
+@pytest.mark.parametrize(
+    "roles", [("system", "user", "assistant"), ("user", "user", "assistant")], ids=" ".join
+)
+def test_turns_that_a_template_refuses_are_reported_with_the_dialogue(
+    roles: tuple[str, ...],
+) -> None:
+    strict = tiny_tokenizer()
+    strict.chat_template = REFUSING
+    turns = tuple(Message(role=role, content="a") for role in roles)  # type: ignore[arg-type]
+    told = rf"^dialogue 'd': expected turns .* roles {roles[0]}, user.*: Roles must .*; change"
+    with pytest.raises(DialogueError, match=told):
+        encode(strict, Dialogue(id="d", messages=turns))
+    with pytest.raises(DialogueError, match=told):
+        prompt_ids(strict, turns, name="dialogue 'd'")
+
+
+def test_an_answer_that_nothing_was_said_before_is_reported_with_the_dialogue() -> None:
+    dialogue = Dialogue(id="d", messages=(Message(role="assistant", content="Here."),))
+    told = r"^dialogue 'd': expected turns .* roles none, .* empty conversation.*; change the turns"
+    with pytest.raises(DialogueError, match=told):
+        encode(tokenizer(), dialogue)
+    with pytest.raises(DialogueError, match=told):
+        prompt_ids(tokenizer(), dialogue.messages, name="dialogue 'd'")
+
+
 def test_a_line_that_is_no_dialogue_is_reported_by_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     good = dialogue_of("Where?", "Here.").model_dump_json()

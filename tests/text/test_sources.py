@@ -1,9 +1,11 @@
 """Laws of the sources: the same text whatever it is packed in, every fault named by its place."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import math
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedgraft.errors import CorpusError
-from fedgraft.text.sources import Document, documents, num_bytes, split_of
+from fedgraft.text.sources import Document, check_shares, documents, num_bytes, split_of
 
 TEXTS = ["The harbour is open.", "Zweiter Text: Grüße.", "third\nline"]
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -200,6 +202,66 @@ def test_a_path_that_leads_nowhere_stops_whatever_may_be_broken(tmp_path: Path) 
         texts_of(tmp_path / "missing.jsonl", max_broken=100)
 
 
+def lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system refuse a folder, as it does to all but root."""
+
+    def refusing(call: Callable[..., object], refused: Callable[[Path], bool]) -> object:
+        def called(place: object, *rest: object, **more: object) -> object:
+            if isinstance(place, str | Path) and refused(Path(place)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+            return call(place, *rest, **more)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, lambda place: place == folder))
+    monkeypatch.setattr(os, "stat", refusing(os.stat, lambda place: folder in place.parents))
+
+
+def test_a_folder_that_may_not_be_read_is_named_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "handbook" / "salaries"
+    locked.mkdir(parents=True)
+    write(locked / "a.txt", b"secret")
+    write(tmp_path / "handbook" / "b.txt", b"open")
+    lock(locked, monkeypatch)
+    for path in (tmp_path / "handbook", locked, locked / "a.txt", f"dataset:{locked}"):
+        with pytest.raises(CorpusError, match=r"at .*salaries\S*, found: Permission denied; check"):
+            texts_of(path, max_broken=100)
+    with pytest.raises(CorpusError, match=r"salaries, found: Permission denied"):
+        num_bytes(tmp_path / "handbook")
+
+
+@pytest.mark.parametrize("field", ["id", "title", "text"])
+def test_half_a_surrogate_pair_is_a_broken_line_wherever_it_stands(
+    tmp_path: Path, field: str
+) -> None:
+    row = {"id": "1", "title": "A", "text": "one"} | {field: "Cut emoji \ud83d"}
+    file = write(tmp_path / "a.jsonl", rows(["fine"]) + json.dumps(row).encode() + b"\n")
+    place = rf"line 2: .* \\ud83d at character 10 of the field '{field}'; mend or remove"
+    with pytest.raises(CorpusError, match=place):
+        texts_of(file)
+    assert texts_of(file, max_broken=1) == ["fine"]
+
+
+def test_a_line_with_a_number_too_long_to_read_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n" + rows(["b"]))
+    with pytest.raises(CorpusError, match=r"line 1: expected a JSON object, found .*4300 digits"):
+        texts_of(file)
+    assert texts_of(file, max_broken=1) == ["b"]
+
+
+def test_parquet_text_that_is_not_utf8_is_reported_with_its_rows(tmp_path: Path) -> None:
+    good, bad = [b"fine"] * 256, [b"caf\xe9", b"fine"]
+    column = pyarrow.array([*good, *bad], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    place = r"a\.parquet, rows 257 to 258: expected UTF-8 text, found the byte 0xe9"
+    with pytest.raises(CorpusError, match=place):
+        texts_of(tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet", max_broken=1) == ["fine"] * 256
+
+
 def test_a_line_nested_too_deep_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", b'{"text": ' + b"[" * 200_000 + b"\n")
     with pytest.raises(CorpusError, match=r"line 1: expected a JSON object, found one nested"):
@@ -243,3 +305,9 @@ def test_splits_have_about_the_shares_asked_for() -> None:
     assert abs(parts.count("test") - 400) < 60
     with pytest.raises(CorpusError, match=r"found 0\.5 and 0\.5"):
         split_of(made[0], validation=0.5, test=0.5)
+
+
+@pytest.mark.parametrize("shares", [(math.nan, 0.1), (0.1, math.nan), (-0.1, 0.1), (math.inf, 0)])
+def test_a_share_that_is_no_part_of_one_is_refused(shares: tuple[float, float]) -> None:
+    with pytest.raises(CorpusError, match=r"expected shares .* choose them with a sum below 1"):
+        check_shares(*shares)

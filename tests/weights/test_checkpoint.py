@@ -1,5 +1,6 @@
 """What is read is what the reference library wrote; what is damaged is refused with its place."""
 
+import importlib
 import json
 import os
 import struct
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.weights.checkpoints import CONFIG, Tensors, random_tensors, save
 
 from fedgraft.errors import CheckpointError
-from fedgraft.weights.checkpoint import Checkpoint
+from fedgraft.weights.checkpoint import Checkpoint, read_config
 
 UP = "model.layers.0.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
@@ -210,7 +212,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an unknown dtype": (
         lambda p: edit_header(p / SECOND, lambda h: h[UP].update(dtype="F4")),
-        "dtype F4, where fedgraft reads F64",
+        f"expected tensors of F64.*found '{UP}' of F4; take the model before it was quantised",
     ),
     "a negative size": (
         lambda p: edit_header(p / SECOND, lambda h: h[UP].update(shape=[-12, -8])),
@@ -285,10 +287,24 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "fault", ["ConnectionError", "ProxyError", "ConnectError", "RemoteProtocolError", "ReadTimeout"]
+)
+def test_a_hub_that_cannot_be_reached_is_one_clear_message(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    client = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.split(".")[0])
+
     def fetch(*_: Any, **__: Any) -> str:
-        raise ConnectionError
+        raise ConnectionError if fault == "ConnectionError" else getattr(client, fault)("broken")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"organisation/name.*\(ConnectionError\); check"):
+    with pytest.raises(CheckpointError, match=rf"organisation/name.*\({fault}\); check"):
         Checkpoint.open("organisation/name")
+
+
+def test_a_config_in_no_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"with a config\.json, found no such directory; name"
+    ):
+        read_config(tmp_path / "nowhere")

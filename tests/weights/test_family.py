@@ -48,6 +48,54 @@ def test_settings_that_change_no_tensor_may_differ(tmp_path: Path) -> None:
     assert Family.open(base, instruct)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1_000_000, "rope_type": "x"}}),
+        ({"rope_theta": 1e6}, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}),
+        ({"rope_theta": 1e6, "rms_norm_eps": 1e-5, "hidden_act": "gelu"}, {}),
+        ({"hidden_act": "silu"}, {"hidden_act": "swish"}),
+        ({"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ({"hidden_act": "relu"}, {"hidden_act": "silu", "hidden_activation": "relu"}),
+        ({"rope_parameters": None}, {"rope_theta": None, "rms_norm_eps": None}),
+    ],
+)
+def test_settings_that_are_spelled_otherwise_or_left_out_may_differ(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    folders = [
+        save(tmp_path / str(n), random_tensors(), **config) for n, config in enumerate((one, other))
+    ]
+    assert Family.open(*folders)
+    assert Family.open(*reversed(folders))
+
+
+UNDER: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_theta": 123.0}, "rope_theta is 10000.0 and 123.0"),
+        (
+            {"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta is 10000.0 and 1000000.0",
+        ),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps is 1e-06 and 0.1"),
+        ({"hidden_act": "relu"}, "hidden_act is silu and relu"),
+    ],
+)
+def test_settings_under_which_the_weights_were_trained_must_be_the_same(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    base = save(tmp_path / "base", random_tensors(), **UNDER)
+    other = save(tmp_path / "other", random_tensors(), **UNDER | config)
+    with pytest.raises(
+        FamilyError, match=f"{base} and {other} are not one family: {message}. Take the base"
+    ):
+        Family.open(base, other)
+
+
 def renamed(tensors: Tensors) -> Tensors:
     return {name.replace(UP, UP + "_a"): tensor for name, tensor in tensors.items()}
 
@@ -107,4 +155,13 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_model_without_rows_for_tokens_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "vision", {"patches.weight": np.zeros((3, 3), np.float32)})
     with pytest.raises(CheckpointError, match="is this a causal language model"):
+        Family.open(folder, folder)
+
+
+def test_an_output_layer_that_is_neither_tied_nor_there_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "headless", random_tensors(tied=True), tie_word_embeddings=False)
+    with pytest.raises(
+        CheckpointError,
+        match=f"{folder}: expected an output layer 'lm_head.weight'.*found none; .* Fetch the",
+    ):
         Family.open(folder, folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,8 @@ TRAINED = nudged(BASE, seed=2)
 def residual(tmp_path: Path) -> Path:
     """A residual beside its parents `base` and `instruct`."""
     parents = Family.open(
-        save(tmp_path / "base", BASE), save(tmp_path / "instruct", nudged(BASE, seed=1))
+        save(tmp_path / "base", BASE, rope_theta=1e4),
+        save(tmp_path / "instruct", nudged(BASE, seed=1), rope_theta=1e4),
     )
     return extract(parents, tmp_path / "residual").path
 
@@ -212,6 +214,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another size": (
         lambda tmp_path: save(tmp_path / "x", BASE, num_attention_heads=4),
         "num_attention_heads is 4 and 2",
+    ),
+    "another rotary base": (
+        lambda tmp_path: save(tmp_path / "x", BASE, rope_theta=1e6),
+        r"rope_theta is 1000000.0 and 10000.0\. Extract .* set them in the config.json of base and "
+        "instruct model first",
     ),
     "another depth": (
         lambda tmp_path: save(tmp_path / "x", random_tensors(num_layers=3)),
@@ -467,9 +474,12 @@ def test_a_changed_residual_is_refused_whole(tmp_path: Path, residual: Path) -> 
     assert not (tmp_path / "graft").exists()
 
 
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
 def test_what_is_written_is_read_back_on_demand(
-    tmp_path: Path, residual: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, residual: Path, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fadvise")
     out = graft(tmp_path / "base", residual, tmp_path / "graft", verify=True)
     record = Record.read(out)
     assert record

@@ -3,6 +3,7 @@
 import errno
 import math
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,6 +361,18 @@ def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
         extract(family(tmp_path, base, base), tmp_path / "residual", form="int3")  # type: ignore[arg-type]
 
 
+def test_a_residual_without_its_instruct_folder_is_refused(tmp_path: Path) -> None:
+    base = random_tensors()
+    extract(family(tmp_path, base, nudged(base)), tmp_path / "residual")
+    shutil.rmtree(tmp_path / "residual" / "instruct")
+    with pytest.raises(
+        ResidualError,
+        match=f"{tmp_path / 'residual'}: expected the instruct side's config and tokenizer in "
+        "instruct/, found no config.json there; copy the residual with that folder",
+    ):
+        Residual.open(tmp_path / "residual")
+
+
 def test_a_residual_of_an_older_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     Record.make("residual", settings={"dtype": "float32"}).write(tmp_path / "old")
@@ -394,3 +407,15 @@ def test_verification_compares_hashes_and_adds_up(tmp_path: Path) -> None:
         ResidualError, match=r"does not fit .*: num_hidden_layers is 1 and 2\. Name"
     ):
         verify(rounded, Family.open(small, small))
+
+
+def test_verification_refuses_a_model_with_other_padding_rows_by_shape(tmp_path: Path) -> None:
+    base = random_tensors()
+    residual = extract(family(tmp_path, base, nudged(base)), tmp_path / "residual")
+    padded = save(tmp_path / "padded", random_tensors(rows=24))
+    with pytest.raises(
+        ResidualError,
+        match=f"does not fit {padded}: tensor 'lm_head.weight' has shape "
+        r"\[24, 8\] and \[20, 8\]\. Name the two checkpoints",
+    ):
+        verify(residual, Family.open(tmp_path / "base", padded))

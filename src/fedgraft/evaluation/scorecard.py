@@ -161,7 +161,10 @@ def evaluate(
         taken |= _by_part(RESPONSE_NATS, responses, losses, unit="nats")
     marks: list[Marks] = []
     if dialogues:
-        prompts = [prompt_ids(tokenizer, dialogue.messages) for dialogue in dialogues]
+        prompts = [
+            prompt_ids(tokenizer, dialogue.messages, name=f"dialogue {dialogue.id!r}")
+            for dialogue in dialogues
+        ]
         answers = answer(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=f"{arm}: dialogues"
         )

@@ -373,7 +373,8 @@ class _Run:
         kept = [
             one
             for one in self.everything_to_test
-            if room is None or len(prompt_ids(tokenizer, one.messages)) <= room
+            if room is None
+            or len(prompt_ids(tokenizer, one.messages, name=f"dialogue {one.id!r}")) <= room
         ]
         if window is not None:
             kept = [

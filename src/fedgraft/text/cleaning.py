@@ -206,8 +206,11 @@ def normalise(text: str) -> str:
 
 
 def shingles(text: str) -> list[str]:
-    """The runs of five words in a text, without case and punctuation; a shorter text is one run."""
-    words = re.findall(r"\w+", text.lower())
+    """The runs of five words in a text, without case and punctuation; a shorter text is one run.
+
+    A text without any word is its own run, or all such texts would be taken for the same.
+    """
+    words = re.findall(r"\w+", text.lower()) or [text]
     last = max(1, len(words) - WORDS_PER_SHINGLE + 1)
     return [" ".join(words[start : start + WORDS_PER_SHINGLE]) for start in range(last)]
 

@@ -4,7 +4,7 @@
     write_corpus    sources of any size, cleaned and split into files:
 
         out/train.jsonl  validation.jsonl  test.jsonl     a document a line: id, facts, text
-        out/broken.txt                                    lines that were passed over, if any
+        out/broken.log                                    lines that were passed over, if any
         out/fedgraft.json                                 the record
 
 Nothing is dropped in silence: duplicates are counted, and a line or a file that cannot be read
@@ -52,7 +52,7 @@ _Hashed = TypeVar("_Hashed", bound=Hashed)
 _Example = TypeVar("_Example", covariant=True)
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
-BROKEN = "broken.txt"
+BROKEN = "broken.log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,8 @@ class Corpus:
         """Read files and folders in the order given (a folder's files by name).
 
         Raises CorpusError, with file and line, for a missing path, a kind of file that is not read,
-        bytes that are not UTF-8, a broken line, a missing field, or no text at all.
+        bytes that are not UTF-8, a broken line, a missing field, or no text at all; for a folder
+        that `write_corpus` wrote, of which the caller names the part.
         """
         kept: dict[str, Document] = {}
         num_read = 0

@@ -30,7 +30,7 @@ from urllib.robotparser import RobotFileParser
 
 from fedgraft.errors import CorpusError
 from fedgraft.provenance import told_if_unwritable
-from fedgraft.text.sources import read_json_lines
+from fedgraft.text.sources import json_object
 
 if TYPE_CHECKING:
     from fundus import Article
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_PAGES = 1.0
 NUM_NEAR = 3
-BYTES_PER_READ = 1 << 16
+BEGINNING = b'{"id": "http'
+"""How each line begins: what a kill left of one is told from what somebody else wrote."""
 AGENT = "Fundus"
 """What fundus calls itself to publishers, as a robots.txt would name it."""
 
@@ -108,19 +109,25 @@ def crawl(
             robots.txt asks for counts.
         written: is called with 1 for each article that was written.
 
-    Raises CorpusError for a range that ends before it starts, a file that holds something else, and
-    a publisher that forbids crawling or training; ArtefactError where `out` cannot be written.
+    Raises CorpusError for a range that ends before it starts, a file that is no .jsonl or holds
+    something else (it stays as it is), and a publisher that forbids crawling or training;
+    ArtefactError where `out` cannot be written.
     """
     fundus = _fundus()
     if until < since:
         raise CorpusError(
             f"expected a range of dates, found one from {since} to {until}; swap --from and --to"
         )
+    if out.suffix.lower() != ".jsonl":
+        raise CorpusError(
+            f"expected a .jsonl file to add articles to, found {out}; choose another --out, such "
+            f"as {out.with_name('news.jsonl')}"
+        )
     result = Crawled()
     with told_if_unwritable(out, left="what was written before is whole"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        result.num_cut = _repair(out)
-        known = _known(out)
+        known, result.num_cut = _known(out)
+        _mend(out, result.num_cut)
         _check_permission(publishers)
         delay = max(float(seconds_between_pages), *map(_delay_asked, publishers))
         crawler = fundus.Crawler(*publishers, delay=delay, threading=len(publishers) > 1)
@@ -236,41 +243,43 @@ def _append(file: IO[bytes], line: bytes) -> None:
         line = line[file.write(line) :]
 
 
-def _repair(out: Path) -> int:
-    """Cut an unfinished last line off, or end a whole one; how many bytes were cut."""
+def _known(out: Path) -> tuple[set[str], int]:
+    """The URLs of the articles that a file holds, and the bytes of an unfinished last line.
+
+    Raises CorpusError for a line that is no article, whole or unfinished; nothing is written.
+    """
+    known: set[str] = set()
     if not out.exists():
-        return 0
+        return known, 0
+    with out.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json_object(line, out, number)
+            except CorpusError:
+                if line.endswith(b"\n") or line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+                    raise
+                return known, len(line)
+            if not isinstance(row.get("url"), str):
+                raise CorpusError(
+                    f"{out}, line {number}: expected an article with its url, found the fields "
+                    f"{', '.join(map(repr, row)) or 'none'}; choose another --out"
+                )
+            known.add(_bare(str(row["url"])))
+    return known, 0
+
+
+def _mend(out: Path, num_cut: int) -> None:
+    """Cut so many bytes of an unfinished last line off, or give a whole one its end."""
+    if not out.exists():
+        return
     with out.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        tail = b""
-        while end and b"\n" not in tail:
-            start = max(0, end - BYTES_PER_READ)
-            file.seek(start)
-            tail, end = file.read(end - start) + tail, start
-        rest = tail.rpartition(b"\n")[2]
-        if not rest:
-            return 0
-        try:
-            json.loads(rest)
-        except ValueError:
-            file.truncate(file.seek(-len(rest), os.SEEK_END))
-            return len(rest)
-        file.seek(0, os.SEEK_END)
-        file.write(b"\n")
-    return 0
-
-
-def _known(out: Path) -> set[str]:
-    """The URLs of the articles that a file holds."""
-    known = set()
-    for number, row in read_json_lines(out) if out.exists() else ():
-        if not isinstance(row.get("url"), str):
-            raise CorpusError(
-                f"{out}, line {number}: expected an article with its url, found the fields "
-                f"{', '.join(map(repr, row)) or 'none'}; choose another --out"
-            )
-        known.add(_bare(str(row["url"])))
-    return known
+        size = file.truncate(file.seek(0, os.SEEK_END) - num_cut)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 @contextmanager

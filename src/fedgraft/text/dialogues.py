@@ -152,26 +152,27 @@ def encode(tokenizer: "PreTrainedTokenizerBase", dialogue: Dialogue) -> tuple[li
     """Token ids and labels of a dialogue: answers and their end-of-turn tokens are targets.
 
     Raises DialogueError where the tokenizer has no chat template, the dialogue has no answer, or
-    the template does not render it as a continuation of its beginning.
+    the template refuses it or does not render it as a continuation of its beginning.
     """
+    name = f"dialogue {dialogue.id!r}"
     messages = [message.model_dump() for message in dialogue.messages]
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise DialogueError(
-            f"dialogue {dialogue.id!r}: expected an answer by the assistant to learn from, found "
-            f"the roles {', '.join(m['role'] for m in messages) or 'none'}; add one or leave it out"
+            f"{name}: expected an answer by the assistant to learn from, found the roles "
+            f"{_roles(messages)}; add one or leave it out"
         )
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, name)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for turn in answers:
-        before = _render(tokenizer, messages[:turn], prompt=True)
+        before = _render(tokenizer, messages[:turn], name, prompt=True)
         whole = turn + 1 == len(messages)
-        after = text if whole else _render(tokenizer, messages[: turn + 1])
+        after = text if whole else _render(tokenizer, messages[: turn + 1], name)
         if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
             raise DialogueError(
-                f"dialogue {dialogue.id!r}: the chat template rewrites earlier turns when later "
-                "ones follow, so the answer's place cannot be told; split it into single answers"
+                f"{name}: the chat template rewrites earlier turns when later ones follow, so the "
+                "answer's place cannot be told; split it into single answers"
             )
         answer = after[len(before) :]
         closed = answer.rstrip("\n")
@@ -228,23 +229,46 @@ def short_enough(
     return kept, num_left_out
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Token ids of a dialogue up to where the assistant answers; a last answer is left out."""
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, name: str = "dialogue"
+) -> list[int]:
+    """Token ids of a dialogue up to where the assistant answers; a last answer is left out.
+
+    Raises DialogueError, which says the name, where the tokenizer has no chat template, or one that
+    refuses the turns.
+    """
     turns = [message.model_dump() for message in messages]
     if turns and turns[-1]["role"] == "assistant":
         turns.pop()
-    text = _render(tokenizer, turns, prompt=True)
+    text = _render(tokenizer, turns, name, prompt=True)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], *, prompt: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    name: str,
+    *,
+    prompt: bool = False,
 ) -> str:
+    from jinja2 import TemplateError
+
     _check_template(tokenizer)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, ValueError) as error:
+        raise DialogueError(
+            f"{name}: expected turns that the tokenizer's chat template takes, found the roles "
+            f"{_roles(messages)}, of which it says: {error}; change the turns, or choose Alpaca's "
+            "prompt"
+        ) from error
     assert isinstance(text, str)
     return text
+
+
+def _roles(messages: list[dict[str, Any]]) -> str:
+    return ", ".join(message["role"] for message in messages) or "none"
 
 
 def _check_template(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -20,17 +20,20 @@ import html
 import io
 import json
 import lzma
+import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import zstandard
 
 from fedgraft.errors import CorpusError
+from fedgraft.provenance import RECORD, Record
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -96,7 +99,7 @@ def split_of(example: Hashed, *, validation: float = 0.1, test: float = 0.1) -> 
 
 def check_shares(validation: float, test: float) -> None:
     """Raise CorpusError where the shares of validation and test leave nothing for training."""
-    if validation < 0 or test < 0 or validation + test >= 1:
+    if not (validation >= 0 and test >= 0 and validation + test < 1):  # NaN is no share
         raise CorpusError(
             f"expected shares for validation and test that leave text for training, found "
             f"{validation} and {test}; choose them with a sum below 1"
@@ -125,7 +128,8 @@ def documents(
 
     Raises CorpusError, with file and line, for a missing path, another kind of file, bytes that are
     not UTF-8, a broken line, a missing field, or a damaged file; with `max_broken`, for the first
-    one above that number, listing the first ten.
+    one above that number, listing the first ten. Whatever `max_broken` says, for a folder that
+    cannot be read, and for one that `fedgraft corpus` wrote: held-out text stays apart.
     """
     faults = _Faults(limit=max_broken, found=[] if broken is None else broken)
     tell = read or _ignore
@@ -184,8 +188,7 @@ def _kind(file: Path) -> str:
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if _kind(p) in SUFFIXES)
-            yield from sorted(p for p in inside if p.is_file())
+            yield from _below(path)
         elif not path.exists():
             raise CorpusError(f"expected a file or folder of text at {path}, found nothing there")
         elif _kind(path) not in SUFFIXES:
@@ -195,6 +198,42 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
             )
         else:
             yield path
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files of text below a folder, by name; Path.rglob would pass over what is locked."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found = []
+    try:
+        for place, _, names in os.walk(folder, onerror=stop):
+            if RECORD in names:
+                _refuse_parts(Path(place))
+            inside = (Path(place, name) for name in names)
+            found += [path for path in inside if _kind(path) in SUFFIXES and path.is_file()]
+    except OSError as error:
+        raise _unreadable(error.filename, error) from error
+    return sorted(found)
+
+
+def _refuse_parts(folder: Path) -> None:
+    """Raise CorpusError for a folder that `fedgraft corpus` wrote."""
+    record = Record.read(folder)
+    if record and record.kind == "corpus":
+        parts = ", ".join(str(folder / f"{part}.jsonl") for part in get_args(Part))
+        raise CorpusError(
+            f"{folder}: expected text for one purpose, found what `fedgraft corpus` wrote, where "
+            f"text to train on stands beside text that is held out; name what you mean of {parts}"
+        )
+
+
+def _unreadable(place: str | Path, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"expected a file or folder to read at {place}, found: {error.strerror}; check its name "
+        "and rights"
+    )
 
 
 def _read(file: Path, field: str, faults: _Faults, read: Read) -> Iterator[Document]:
@@ -235,14 +274,15 @@ def _documents_of(
                     f"fields {', '.join(map(repr, row)) or 'none'}; name the right field or mend "
                     "the line"
                 )
-            _check_characters(text, f"{place} {number}")
+            name = f"{source}:{number}" if row.get("id") is None else str(row["id"])
+            facts = {fact: str(row[fact]) for fact in FACTS if row.get(fact) and fact != field}
+            for what, said in {"id": name, **facts, field: text}.items():
+                _check_characters(said, f"{place} {number}", what)
         except CorpusError as error:
             faults.meet(error)
             continue
-        name = row.get("id")
-        facts = {fact: str(row[fact]) for fact in FACTS if row.get(fact) and fact != field}
         yield Document(
-            id=f"{source}:{number}" if name is None else str(name),
+            id=name,
             text=text,
             source=source,
             facts=facts,
@@ -276,20 +316,26 @@ def _json_rows(file: Path, faults: _Faults, read: Read) -> Iterator[tuple[int, d
         for number, line in enumerate(_lines(lines, file), 1):
             if line.strip():
                 try:
-                    row = _json_row(line, file, number)
+                    row = json_object(line, file, number)
                 except CorpusError as error:
                     faults.meet(error)
                 else:
                     yield number, row
 
 
-def _json_row(line: bytes, file: Path, number: int) -> dict[str, object]:
+def json_object(line: bytes, file: Path, number: int) -> dict[str, object]:
+    """The object that a line of a file is. Raises CorpusError as `read_json_lines`."""
     try:
         row = json.loads(_decode(line, file, number))
     except json.JSONDecodeError as error:
         raise CorpusError(
             f"{file}, line {number}: expected a JSON object, found {error.msg} at column "
             f"{error.colno}; mend or remove the line"
+        ) from error
+    except ValueError as error:
+        raise CorpusError(
+            f"{file}, line {number}: expected a JSON object, found one with an integer of over "
+            f"{sys.get_int_max_str_digits()} digits; mend or remove the line"
         ) from error
     except RecursionError as error:
         raise CorpusError(
@@ -319,7 +365,15 @@ def _parquet_rows(file: Path, field: str) -> Iterator[tuple[int, Mapping[str, ob
             wanted = [name for name in (field, "id", *FACTS) if name in names]
             number = 0
             for batch in opened.iter_batches(ROWS_PER_READ, columns=list(dict.fromkeys(wanted))):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError as error:
+                    raise CorpusError(
+                        f"{file}, rows {number + 1} to {number + len(batch)}: expected UTF-8 text, "
+                        f"found the byte 0x{error.object[error.start]:02x} in one of them; write "
+                        "the file again with text in UTF-8"
+                    ) from error
+                for row in rows:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
@@ -349,7 +403,10 @@ def _unescape(data: bytes) -> str:
 
 
 def _is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def _dataset(match: "re.Match[str]", field: str, faults: _Faults) -> Iterator[Document]:
@@ -463,9 +520,7 @@ def _opened(file: Path, read: Read) -> Iterator[IO[bytes]]:
     try:
         raw = file.open("rb", buffering=0)
     except OSError as error:
-        raise CorpusError(
-            f"expected a file to read at {file}, found: {error.strerror}; check its name and rights"
-        ) from error
+        raise _unreadable(file, error) from error
     with (
         raw,
         io.BufferedReader(_Metered(raw, read), BYTES_PER_READ) as metered,
@@ -504,15 +559,15 @@ def _untorn(take: Callable[[], bytes], file: Path) -> bytes:
         ) from error
 
 
-def _check_characters(text: str, place: str) -> None:
+def _check_characters(text: str, place: str, field: str) -> None:
     """JSON can spell half a surrogate pair, which is no character and has no bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
             f"{place}: expected characters of Unicode, found the lone surrogate "
-            f"\\u{ord(text[error.start]):04x} at character {error.start} of the text; mend "
-            "or remove the line"
+            f"\\u{ord(text[error.start]):04x} at character {error.start} of the field {field!r}; "
+            "mend or remove the line"
         ) from error
 
 

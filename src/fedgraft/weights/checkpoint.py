@@ -287,12 +287,12 @@ def resolve(source: str | Path) -> Path:
             "model of the hub as organisation/name[@revision]"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # the latter is its client's
 
     patterns = ["model*.safetensors*", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{source}: there is no such directory, and fetching it from the hub failed "
             f"({type(error).__name__}); check the name, the network and, for a gated model, that "
@@ -424,7 +424,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         entries.pop("__metadata__", None)
         spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
         tensors = {
-            name: _tensor_info(file, 8 + length + spans[name][0], entries[name])
+            name: _tensor_info(file, name, 8 + length + spans[name][0], entries[name])
             for name in sorted(spans, key=spans.__getitem__)
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -449,15 +449,20 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor_info(file: Path, start: int, entry: Mapping[str, Any]) -> TensorInfo:
+def _tensor_info(file: Path, name: str, start: int, entry: Mapping[str, Any]) -> TensorInfo:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype}, where fedgraft reads {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{file}: expected tensors of {', '.join(DTYPES)}, found {name!r} of {dtype}; take the "
+            "model before it was quantised or, if it was not, fetch the file again"
+        )
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape {list(shape)}")
     return TensorInfo(dtype=dtype, shape=shape, file=file, start=start)
 
 
 def _listing(path: Path) -> str:
+    if not path.is_dir():
+        return "no such directory"
     names = sorted(child.name for child in path.iterdir())
     return ", ".join(names[:6] + ["..."] * (len(names) > 6)) or "an empty directory"

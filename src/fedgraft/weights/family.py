@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.errors import CheckpointError, FamilyError
-from fedgraft.weights.checkpoint import Checkpoint, TensorInfo, is_tied
+from fedgraft.weights.checkpoint import OUTPUT_LAYER, Checkpoint, TensorInfo, is_tied
 from fedgraft.weights.vocabulary import Vocabulary
 
 SIZES = (
@@ -26,6 +26,8 @@ SIZES = (
 )
 """Sizes in a config. The heads matter: no tensor's shape tells 4 heads of 16 from 8 heads of 8."""
 
+EPSILONS = ("rms_norm_eps", "layer_norm_eps")
+
 ROW_TENSORS = (
     "embed_tokens.weight",
     "embed_in.weight",
@@ -35,6 +37,7 @@ ROW_TENSORS = (
     "embed_out.weight",
 )
 """Ends of the names of tensors with a row for each token; only they may have padding rows."""
+OUTPUT_LAYERS = (OUTPUT_LAYER, "embed_out.weight")
 
 Kind = Literal["embedding", "output", "attention", "mlp", "norm", "other"]
 """Kinds of modules; a tied output layer is the embedding."""
@@ -54,6 +57,8 @@ class Anatomy:
 
     architecture: str
     sizes: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """What no tensor shows, but the weights were trained under: see `_settings`."""
     tied: bool
     shapes: Mapping[str, tuple[int, ...]]
     vocabulary: Vocabulary
@@ -67,7 +72,8 @@ class Anatomy:
     ) -> "Anatomy":
         """Put together the facts; `folder` holds the tokenizer.
 
-        Raises CheckpointError where a tensor cannot be computed with, or there is no tokenizer.
+        Raises CheckpointError where a tensor cannot be computed with, the output layer is missing,
+        or there is no tokenizer.
         """
         for name, info in tensors.items():
             if info.dtype not in ARITHMETIC_DTYPES:
@@ -81,10 +87,18 @@ class Anatomy:
                 f"{folder}: expected an embedding and an output layer with a row for each token, "
                 f"found {rows or 'none'} rows; is this a causal language model?"
             )
+        tied = is_tied(config, tensors)
+        if not tied and not any(name.endswith(OUTPUT_LAYERS) for name in tensors):
+            raise CheckpointError(
+                f"{folder}: expected an output layer {OUTPUT_LAYER!r}, for config.json says that "
+                "it is not the embedding, found none; it would be random. Fetch the missing "
+                "weights, or set tie_word_embeddings to true if the embedding is meant"
+            )
         return cls(
             architecture=str((config.get("architectures") or [config["model_type"]])[0]),
             sizes={key: config[key] for key in SIZES if config.get(key) is not None},
-            tied=is_tied(config, tensors),
+            settings=_settings(config),
+            tied=tied,
             shapes={name: info.shape for name, info in tensors.items()},
             vocabulary=Vocabulary.read(folder, rows[0]),
         )
@@ -92,13 +106,15 @@ class Anatomy:
     def first_difference(self, other: "Anatomy") -> str | None:
         """Say what differs, with both values; None where arithmetic is sound.
 
-        A size that only one config states is left to the shapes. Rows of the embedding may differ.
+        A size that only one config states is left to the shapes, and such a setting is taken for
+        the default. Rows of the embedding may differ.
         """
         if self.architecture != other.architecture:
             return f"the architecture is {self.architecture} and {other.architecture}"
-        for size in SIZES:
-            if size in self.sizes and size in other.sizes and self.sizes[size] != other.sizes[size]:
-                return f"{size} is {self.sizes[size]} and {other.sizes[size]}"
+        for ours, theirs in ((self.sizes, other.sizes), (self.settings, other.settings)):
+            for key in ours:
+                if key in theirs and ours[key] != theirs[key]:
+                    return f"{key} is {ours[key]} and {theirs[key]}"
         if self.tied != other.tied:
             return f"the embeddings are {_tied(self.tied)} and {_tied(other.tied)}"
         for name in sorted(self.shapes.keys() | other.shapes.keys()):
@@ -192,6 +208,26 @@ def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor stands in; None outside the layers."""
     found = LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config states of activation, norms and rotary base, whichever way it is spelled.
+
+    The rotary base stands on top or, since transformers 5, in rope_parameters, there by kind of
+    layer where the kinds differ. Gemma's hidden_act gives way to its hidden_activation, and means
+    the tanh form where it says gelu; so all forms of gelu, a thousandth apart, count as one.
+    """
+    activation = str(config.get("hidden_activation") or config.get("hidden_act") or "")
+    if activation.startswith("gelu"):
+        activation = "gelu"
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention") or rope
+    stated = {
+        "hidden_act": {"": None, "swish": "silu"}.get(activation, activation),
+        **{key: config.get(key) for key in EPSILONS},
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+    }
+    return {key: value for key, value in stated.items() if value is not None}
 
 
 def _tied(tied: bool) -> str:

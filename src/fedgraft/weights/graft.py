@@ -251,7 +251,9 @@ def _check_sizes(target: Checkpoint, anatomy: Anatomy, addends: Sequence[Addend]
         if difference:
             raise ResidualError(
                 f"the residual {addend.path} does not fit {target.path}: {difference}. Extract it "
-                "from the family that the target belongs to"
+                "from the family that the target belongs to; where the target was trained under "
+                "other settings (rope_theta), set them in the config.json of base and instruct "
+                "model first, for a graft carries the instruct model's"
             )
 
 
@@ -331,7 +333,8 @@ def _read_back(folder: Path, content: str) -> None:
     for file in {info.file for info in tensors.values()}:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS, where its cache may answer
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     found = TensorFiles(folder, tensors).content_hash
     if found != content:
         raise ArtefactError(

@@ -99,8 +99,8 @@ class Residual(TensorFiles):
     def open(cls, source: "str | Path | Residual") -> "Residual":
         """Open what `extract` wrote; what is open already is returned as it is.
 
-        Raises ResidualError where the directory is none, CheckpointError where its tensors are
-        damaged.
+        Raises ResidualError where the directory is none or lacks the instruct side's files,
+        CheckpointError where its tensors are damaged.
         """
         if isinstance(source, Residual):
             return source
@@ -115,6 +115,11 @@ class Residual(TensorFiles):
             raise ResidualError(
                 f"{path}: expected a residual of this version of fedgraft, found one of "
                 f"{record.fedgraft} in another layout; extract it again"
+            )
+        if not (path / INSTRUCT / "config.json").is_file():
+            raise ResidualError(
+                f"{path}: expected the instruct side's config and tokenizer in {INSTRUCT}/, found "
+                "no config.json there; copy the residual with that folder, or extract it again"
             )
         return cls(path, read_tensors(path, PREFIX), record)
 
@@ -353,7 +358,11 @@ def verify(residual: Residual, family: Family) -> Verification:
 
     Raises ResidualError where the two do not fit, CheckpointError where a file cannot be read.
     """
-    difference = family.anatomy.first_difference(residual.anatomy)
+    found, own = family.anatomy, residual.anatomy
+    difference = found.first_difference(own)
+    if not difference and found.shapes != own.shapes:  # other padding rows, which a family may have
+        name = next(name for name in own.shapes if found.shapes[name] != own.shapes[name])
+        difference = f"tensor {name!r} has shape {[*found.shapes[name]]} and {[*own.shapes[name]]}"
     if difference:
         raise ResidualError(
             f"the residual {residual.path} does not fit {family.instruct.path}: {difference}. Name "

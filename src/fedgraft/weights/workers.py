@@ -47,7 +47,7 @@ def each_tensor(
     """
     names = sorted(num_bytes, key=lambda name: (-num_bytes[name], name))
     total = sum(num_bytes.values())
-    num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)), len(names))
+    num_workers = min(MAX_WORKERS, _num_cores(), len(names))
     results: Generator[tuple[str, T], None, None]
     if total < MANY_FROM or num_workers == 1 or in_memory or not _may_fork():
         results = ((name, work(name)) for name in names)
@@ -68,6 +68,13 @@ def each_tensor(
     return dict(sorted(found.items()))  # not in the order in which they came
 
 
+def _num_cores() -> int:
+    """Cores that this process may use; where the system does not tell (macOS), all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _may_fork() -> bool:
     """Whether no thread could hold a lock in a child; numpy's own threads know how to be forked."""
     alone = threading.active_count() == 1 and "torch" not in sys.modules
@@ -83,10 +90,11 @@ def _forked(
     workers: dict[connection.Connection, BaseProcess] = {}
     for _ in range(num_workers):
         reader, writer = context.Pipe(duplex=False)
-        worker = context.Process(target=_serve, args=(names, work, taken, writer), daemon=True)
-        worker.start()
+        readers = [*workers, reader]
+        arguments = names, work, taken, writer, readers, os.getpid()
+        workers[reader] = context.Process(target=_serve, args=arguments, daemon=True)
+        workers[reader].start()
         writer.close()
-        workers[reader] = worker
     results = _received(workers)
     next(results)
     return results
@@ -129,11 +137,19 @@ def _serve(
     work: Callable[[str], T],
     taken: "Synchronized[int]",
     writer: "connection.Connection[object, object]",
+    readers: "Sequence[connection.Connection]",
+    parent: int,
 ) -> None:
-    """Take the next tensor until none is left; what is returned or raised goes to the parent."""
+    """Take the next tensor until none is left; what is returned or raised goes to the parent.
+
+    The fork copied the parent's `readers`. While a copy is open, writing to a parent that was
+    killed does not fail, but waits for ever once the pipe is full.
+    """
+    for reader in readers:
+        reader.close()
     np.seterr(all="ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    while True:
+    while os.getppid() == parent:
         with taken.get_lock():
             place = taken.value
             taken.value += 1
