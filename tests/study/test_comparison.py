@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from tests.evaluation.cards import card as card_of
 
 from fedgraft.evaluation.gate import Decision
-from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard, together
+from fedgraft.evaluation.scorecard import (
+    FOLLOWED,
+    RIGHT_AND_FOLLOWED,
+    Example,
+    Score,
+    Scorecard,
+    together,
+)
 from fedgraft.study.comparison import (
     MIN_RIGHT,
     check_claims,
@@ -269,6 +276,13 @@ def test_a_score_of_a_single_example_is_missing_from_comparisons_and_stops_nothi
     cards = {arm: [card_of([1.0], arm=arm, name=FOLLOWED)] for arm in ("graft", "s1")}
     (one,) = compare(cards)
     assert one.told == "missing"
+
+
+def test_cards_put_together_keep_the_examples_of_either() -> None:
+    asked = Example(prompt="Who?", answer="I.", right=True, as_instructed=True)
+    told = card("a").model_copy(update={"examples": (asked,)})
+    for cards in ((told, card("a")), (card("a"), told)):
+        assert together(*cards).examples == (asked,)
 
 
 def test_what_is_better_worse_and_untold_is_said_in_one_sentence() -> None:

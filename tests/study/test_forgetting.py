@@ -21,8 +21,9 @@ from fedgraft.models import save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms
 from fedgraft.study.comparison import compare, summarise
-from fedgraft.study.forgetting import at_equal_distances, run, verdict
+from fedgraft.study.forgetting import run, verdict
 from fedgraft.study.machine import machine
+from fedgraft.study.material import at_equal_distances
 from fedgraft.study.plan import plan
 from fedgraft.study.result import (
     CURVE_ARMS,
@@ -362,6 +363,10 @@ def test_a_study_of_one_kind_is_not_run_as_the_other(material: Path, tmp_path: P
         (
             {"curve": {"learning_rates": [1e-2]}},
             r"learning_rates: expected that of pretrain, 0\.001, among them, found \[0\.01\]",
+        ),
+        (
+            {"curve": {"learning_rates": [1e-3, 1e-3]}},
+            r"learning_rates: expected each rate once, found \[0\.001, 0\.001\]",
         ),
         (
             {"curve": {"domains": {**DOMAINS, "num_tokens": 500}}},

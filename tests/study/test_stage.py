@@ -31,6 +31,17 @@ def run(folder: Path, make: Callable[[Path], Mapping[str, Any] | None], **change
     return run_stage(folder, make=make, say=lambda _: None, **(given | changes))
 
 
+def test_what_is_no_stage_is_never_cleared_away(tmp_path: Path) -> None:
+    """`residual extract --out runs/residual`, then `study run --out runs`."""
+    folder = tmp_path / "residual"
+    folder.mkdir()
+    Record.make("residual").write(folder)
+    (folder / "weights").touch()
+    with pytest.raises(ArtefactError, match="found a residual, which is not removed; choose anot"):
+        run(folder, Maker())
+    assert (folder / "weights").exists()
+
+
 def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
     make = Maker()
     first, second = run(tmp_path / "s", make), run(tmp_path / "s", make)

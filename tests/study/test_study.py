@@ -11,7 +11,7 @@ from tests.study.small import content, write_material, write_study
 from fedgraft.errors import ResidualError, StudyError
 from fedgraft.study.federation import ClientFile, FederationFile
 from fedgraft.study.recipes import LineageStudy
-from fedgraft.study.study import FederationPart, Study
+from fedgraft.study.study import FederationPart, Form, Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 REAL_SIZED = ("llama3_8b", "qwen2_0.5b", "forgetting_qwen2_0.5b", "merging_qwen2_0.5b")
@@ -169,6 +169,22 @@ def test_all_wrong_paths_are_told_at_once(tmp_path: Path, places: dict[str, Path
 def test_a_seed_given_twice_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:
     with pytest.raises(StudyError, match=r"seeds are given twice in \[1, 1\]"):
         load(tmp_path, places, seeds=[1, 1])
+
+
+@pytest.mark.parametrize("grid", [[], [".nan"], [".inf", 1.0]])
+def test_a_search_over_no_scale_is_refused(
+    grid: list[Any], tmp_path: Path, places: dict[str, Path]
+) -> None:
+    scales = [float(str(scale).removeprefix(".")) for scale in grid]
+    with pytest.raises(StudyError, match=r"scale\.grid"):
+        load(tmp_path, places, scale={"grid": scales})
+
+
+def test_two_forms_of_other_bytes_have_other_words() -> None:
+    """A form's words are the name of its folder, too."""
+    words = [Form(name="sparse", density=density).words for density in (0.1, 0.101, 0.104, 0.001)]
+    assert words[0] == "sparse, 10% kept"
+    assert len(set(words)) == 4
 
 
 def test_a_search_without_dialogues_is_refused(tmp_path: Path, places: dict[str, Path]) -> None:

@@ -109,6 +109,7 @@ def together(first: Scorecard, *others: Scorecard) -> Scorecard:
                 "scores": first.scores | card.scores,
                 "outcomes": first.outcomes | card.outcomes,
                 "benchmarks": first.benchmarks | card.benchmarks,
+                "examples": card.examples or first.examples,
             }
         )
     return first

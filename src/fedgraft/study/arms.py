@@ -24,7 +24,7 @@ from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.comparison import check_claims, compare, summarise, verdict
 from fedgraft.study.cost import graft_flops, training_flops, tuning_ratio
 from fedgraft.study.estimate import estimate
-from fedgraft.study.material import shared_out
+from fedgraft.study.material import at_equal_distances, shared_out
 from fedgraft.study.result import (
     ARM_WORDS,
     ARMS,
@@ -166,7 +166,9 @@ class _Arms(Federating):
     ) -> ScaleCurve:
         search = self.study.scale
         metric = search.metric
-        asked = self.material.validation_dialogues[: self.study.evaluation.max_dialogues]
+        asked = at_equal_distances(
+            self.material.validation_dialogues, self.study.evaluation.max_dialogues
+        )
 
         def make(folder: Path) -> None:
             points = [

@@ -19,7 +19,7 @@ from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED, RIGHT_AND_FOLLOWED, Score, Scorecard
 from fedgraft.study.comparison import compare, in_a_sentence, summarise
 from fedgraft.study.estimate import estimate
-from fedgraft.study.material import first_by_hash
+from fedgraft.study.material import at_equal_distances, first_by_hash
 from fedgraft.study.result import (
     ARM_WORDS,
     CURVE_ARMS,
@@ -39,7 +39,6 @@ from fedgraft.study.run import Run, versions
 from fedgraft.study.stage import Say
 from fedgraft.study.study import Study
 from fedgraft.text.corpus import Document
-from fedgraft.text.dialogues import Dialogue
 from fedgraft.training.pretrain import budget_path
 from fedgraft.training.settings import PretrainSettings
 
@@ -62,13 +61,6 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
         )
     _Forgetting(study, out, say).everything()
     return Forgetting.load(out)
-
-
-def at_equal_distances(dialogues: Sequence[Dialogue], limit: int | None) -> list[Dialogue]:
-    """At most so many, spread over the whole, so that no group is left out for its place."""
-    if limit is None or limit >= len(dialogues):
-        return list(dialogues)
-    return [dialogues[number * len(dialogues) // limit] for number in range(limit)]
 
 
 class _Forgetting(Run):

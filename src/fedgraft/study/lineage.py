@@ -28,9 +28,9 @@ from fedgraft.provenance import Record, derive_seed, hash_files, hash_json, new_
 from fedgraft.study.comparison import compare, summarise, told_of
 from fedgraft.study.cost import graft_flops
 from fedgraft.study.estimate import estimate
-from fedgraft.study.forgetting import at_equal_distances
 from fedgraft.study.material import (
     asked,
+    at_equal_distances,
     first_by_hash,
     hash_documents,
     load_texts,

@@ -6,7 +6,7 @@ text of a department ---- split by hash --> train | validation | test
                           client 2 ...
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -91,6 +91,13 @@ def hash_documents(*parts: Iterable[Example]) -> str:
 def first_by_hash(examples: Iterable[_Example], limit: int | None) -> list[_Example]:
     """At most so many documents, or dialogues, chosen by what they say alone."""
     return sorted(examples, key=lambda example: example.hash)[:limit]
+
+
+def at_equal_distances(dialogues: Sequence[Dialogue], limit: int | None) -> list[Dialogue]:
+    """At most so many, spread over the whole, so that no group is left out for its place."""
+    if limit is None or limit >= len(dialogues):
+        return list(dialogues)
+    return [dialogues[number * len(dialogues) // limit] for number in range(limit)]
 
 
 def shared_out(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fedgraft
+from fedgraft.errors import ArtefactError
 from fedgraft.provenance import RECORD, Record, hash_files, hash_json, told_if_unwritable
 
 Say = Callable[[str], None]
@@ -42,6 +43,11 @@ def run_stage(
     if done and done.inputs == dict(inputs) and hash_json(done.settings) == hash_json(settings):
         say(f"{title}: done already")
         return done
+    if done and done.kind != "stage":
+        raise ArtefactError(
+            f"{folder}: expected a stage of this study, or nothing, found a {done.kind}, which is "
+            "not removed; choose another --out"
+        )
     with told_if_unwritable(folder, left="finished stages are kept"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)

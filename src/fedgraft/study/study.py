@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -83,7 +84,7 @@ class Scored(Part):
 class ScaleSearch(Part):
     """Scales to try on the validation split; the best by `metric` is used."""
 
-    grid: tuple[float, ...] = (1.0,)
+    grid: tuple[FiniteFloat, ...] = Field(default=(1.0,), min_length=1)
     metric: str = RIGHT_AND_FOLLOWED
 
 
@@ -103,7 +104,7 @@ class Form(Part):
             case "lowrank":
                 return f"low rank {self.rank}"
             case "sparse":
-                return f"sparse, {self.density:.0%} kept"
+                return f"sparse, {100 * self.density:g}% kept"
             case "sign":
                 return "1 bit a number"
             case "int8":
@@ -335,6 +336,11 @@ class Study(StudyFile):
             raise ValueError(
                 f"curve.learning_rates: expected that of pretrain, {pretrain.learning_rate:g}, "
                 f"among them, found {list(curve.learning_rates)}"
+            )
+        if len(set(curve.learning_rates)) < len(curve.learning_rates):
+            raise ValueError(
+                "curve.learning_rates: expected each rate once, found "
+                f"{list(curve.learning_rates)}; leave out the second one"
             )
         warming = pretrain.warmup * pretrain.num_tokens
         if domains and not (domains.num_tokens in budgets and warming < domains.num_tokens):
