@@ -18,10 +18,10 @@ quickstart: .venv/installed
 	$(BIN)/fedgraft quickstart --out runs/quickstart
 
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-all: check
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2
 
 # The embedded family from text, about half an hour; FEDGRAFT_DATA names the folder with the text.
 pocket: .venv/installed
