@@ -131,6 +131,18 @@ def test_weights_that_are_not_those_of_the_config_are_refused_not_filled_with_ra
             open_encoder(source)
 
 
+def test_what_older_checkpoints_hold_besides_is_no_fault(tmp_path: Path) -> None:
+    """Rotary frequencies of each layer, and a tied output layer, written out."""
+    source = save_tiny(tmp_path / "source", "llama")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert open_model(source).num_parameters() > 0
+    open_encoder(source)
+
+
 def test_code_that_ships_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

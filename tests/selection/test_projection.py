@@ -79,10 +79,7 @@ def test_batches_in_any_order_are_the_whole(projection: Projection) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "projection",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p.name == "tsne"), id=p.name) for p in OWN],
-)
+@pytest.mark.parametrize("projection", OWN, ids=lambda p: p.name)
 def test_a_fit_does_not_know_the_order_of_examples(projection: Projection) -> None:
     features = drawn(30)
     order = np.random.default_rng(1).permutation(30)

@@ -329,6 +329,33 @@ def test_the_result_is_json_that_others_can_read(ran: Ran) -> None:
     assert tuple(found) == tuple(Result.model_fields)
 
 
+def test_the_scale_is_chosen_on_every_group_however_few_dialogues_are_asked(
+    material: Path, tmp_path: Path
+) -> None:
+    """The company's validation file is sorted by group."""
+    asked = [
+        {
+            "id": f"validation/{number}",
+            "group": "old" if number < 4 else "unseen_pairs",
+            "messages": [{"role": "user", "content": f"Who looks after {number}?"}],
+            "constraints": [{"kind": "max_words", "argument": "9"}],
+        }
+        for number in range(6)
+    ]
+    file = tmp_path / "validation.jsonl"
+    write_lines(file, asked)
+    ran = run_small(
+        material,
+        tmp_path / "out",
+        dialogues={"validation": str(file), "test": "place:dialogues/test.jsonl"},
+        evaluation={"window": 32, "max_new_tokens": 3, "max_dialogues": 3},
+        adapters=None,
+        seeds=[1],
+    )
+    for point in ran.result.scales[0].points:
+        assert {f"{FOLLOWED}/old", f"{FOLLOWED}/unseen_pairs"} <= point.scores.keys()
+
+
 def test_ways_to_merge_get_a_scale_and_test_scores_each(material: Path, tmp_path: Path) -> None:
     ways = {
         "TIES 0.2": {"method": {"name": "ties", "density": 0.2}},

@@ -160,7 +160,6 @@ def test_a_lost_worker_ends_the_run_and_loses_at_most_the_steps_since_the_last_c
     assert_alike(alone, place / "lost")
 
 
-@pytest.mark.slow
 def test_rows_that_do_not_share_out_are_refused(place: Path) -> None:
     run = start(place, "uneven", "--micro-batch-rows", "8")
     output, _ = run.communicate(timeout=200)

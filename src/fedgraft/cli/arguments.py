@@ -1,7 +1,5 @@
 """Arguments and options that several verbs share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -43,19 +41,6 @@ def count(text: str) -> int:
     if tokens < 1:
         raise typer.BadParameter(f"expected a number of tokens such as 500k or 10M, found {text!r}")
     return tokens
-
-
-@contextmanager
-def options_checked() -> Iterator[None]:
-    """Make one message of options that are out of range, or do not go together."""
-    from pydantic import ValidationError
-
-    try:
-        yield
-    except ValidationError as error:
-        from fedgraft.study.study import faults_of
-
-        raise typer.BadParameter("; ".join(faults_of(error))) from None
 
 
 Tokens = Annotated[

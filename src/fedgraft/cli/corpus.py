@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.arguments import MODEL, Out, Overwrite, options_checked
+from fedgraft.cli.arguments import MODEL, Out, Overwrite
 from fedgraft.cli.console import finish, say, show_table
 from fedgraft.cli.places import resolve
 
@@ -74,17 +74,15 @@ def corpus(
             "swap them"
         )
     languages = tuple(language or ("en",))
-    with options_checked():
-        cleaning = Cleaning(
+    written = write_corpus(
+        data,
+        out,
+        Cleaning(
             min_tokens=min_tokens,
             max_tokens=max_tokens,
             near_duplicates=near_duplicates or None,
             languages=None if "all" in languages else languages,
-        )
-    written = write_corpus(
-        data,
-        out,
-        cleaning,
+        ),
         count=_counter(model) if model else None,
         validation=validation,
         test=test,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedgraft.cli.arguments import Out, Overwrite, Target, options_checked
+from fedgraft.cli.arguments import Out, Overwrite, Target
 from fedgraft.cli.console import finish
 from fedgraft.cli.places import resolve
 from fedgraft.cli.scale import choose as choose_scale
@@ -142,8 +142,7 @@ def graft(
     elif base_adapter or instruct_adapter:
         raise typer.BadParameter("expected --base-adapter, --instruct-adapter without RESIDUAL")
     check_free(out, overwrite=overwrite)
-    with options_checked():
-        chosen = Method(name=method, density=density, gamma=gamma, seed=seed)
+    way = Method(name=method, density=density, gamma=gamma, seed=seed)
     texts = scale or ["1.0"]
     if texts == ["auto"]:
         if len(addends) > 1:
@@ -164,7 +163,7 @@ def graft(
         addends,
         out,
         scale=scales[0] if len(scales) == 1 else scales,
-        method=chosen,
+        method=way,
         factors=Factors.parse(factor or []),
         any_parent=any_parent,
         verify=verify,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedgraft.cli.arguments import MODEL, Out, Overwrite, options_checked
+from fedgraft.cli.arguments import MODEL, Out, Overwrite
 from fedgraft.cli.console import finish, say
 from fedgraft.cli.places import resolve
 
@@ -86,25 +86,23 @@ def select(
 
     method = method or ("federated" if client else "local")
     asked: dict[str, object] = {"method": method, "budget": budget}
-    with options_checked():
-        if method != "random":
-            asked |= {
-                "encoding": Encoding(pooling=pooling),
-                "projection": Projection(name=projection, num_dimensions=dimensions),
-                "clustering": Clustering(min_cluster_size=min_cluster, min_samples=1, noise=noise),
-            }
-        if method in ("federated", "local"):
-            asked["quality"] = quality
-        if method in ("federated", "points"):
-            asked["server"] = server
-        if method == "federated" and server == "hdbscan":
-            asked["server_clustering"] = Clustering(min_cluster_size=2, min_samples=1, noise=noise)
-        selection = Selection.model_validate(asked)
+    if method != "random":
+        asked |= {
+            "encoding": Encoding(pooling=pooling),
+            "projection": Projection(name=projection, num_dimensions=dimensions),
+            "clustering": Clustering(min_cluster_size=min_cluster, min_samples=1, noise=noise),
+        }
+    if method in ("federated", "local"):
+        asked["quality"] = quality
+    if method in ("federated", "points"):
+        asked["server"] = server
+    if method == "federated" and server == "hdbscan":
+        asked["server_clustering"] = Clustering(min_cluster_size=2, min_samples=1, noise=noise)
     check_free(out, overwrite=overwrite)
     selected = select_lines(
         file,
         model,
-        selection,
+        Selection.model_validate(asked),
         client_field=client,
         prompt=prompt,
         window=window,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count, options_checked
+from fedgraft.cli.arguments import Data, Model, Out, Overwrite, Tokens, count
 from fedgraft.cli.console import finish, say
 from fedgraft.progress import is_first
 
@@ -133,7 +133,7 @@ def pretrain(
     from fedgraft.training.settings import Lora, PretrainSettings
 
     budgets = tuple(sorted(set(budget or ())))
-    with options_checked():
+    with _checked():
         settings = PretrainSettings(
             num_tokens=tokens,
             budgets=budgets,
@@ -203,15 +203,28 @@ def adapt(
     from fedgraft.training.settings import AdapterSettings
 
     check_free(out, overwrite=overwrite)
-    with options_checked():
+    with _checked():
         settings = AdapterSettings(
             num_tokens=tokens or 1, learning_rate=learning_rate, rank=rank, seed=seed
         )
     with _packed(model, data, out, row_length, seed) as rows:
-        if tokens is None:
+        if tokens is None:  # then it is known now
             settings = settings.model_copy(update={"num_tokens": NUM_PASSES * rows.num_tokens})
         train_adapter(model, rows, out, settings, department=department, overwrite=overwrite)
     finish("adapter", out, steps=[f"fedgraft chat {model} --adapter {out}"])
+
+
+@contextmanager
+def _checked() -> Iterator[None]:
+    """Make one message of options that are out of range, or do not go together."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        from fedgraft.study.study import faults_of
+
+        raise typer.BadParameter("; ".join(faults_of(error))) from None
 
 
 @contextmanager
