@@ -12,7 +12,7 @@ from fedgraft.errors import StudyError
 from fedgraft.pocket.company import write_company
 from fedgraft.pocket.weights import folder as pocket
 from fedgraft.study import kinds
-from fedgraft.study.cost import tuning_ratio
+from fedgraft.study.cost import graft_flops, tuning_ratio
 from fedgraft.study.machine import HARDWARE, Machine, this_machine
 from fedgraft.study.plan import memory_choices, plan
 from fedgraft.study.recipes import LineageStudy
@@ -130,6 +130,22 @@ def test_the_sizes_of_qwen2_are_those_that_its_makers_state(places: dict[str, Pa
         shape = study.shape_of(study.root(name))
         assert shape
         assert shape.num_parameters == arm.at
+
+
+def test_models_residuals_and_grafts_of_several_sizes_are_counted_each_in_its_own(
+    places: dict[str, Path],
+) -> None:
+    study = kinds.load(STUDIES[0].with_name("sizes_qwen2.yaml"), places, dry=True)
+    assert isinstance(study, LineageStudy)
+    planned = plan(study, H100)
+    numbers = 494_032_768 + 1_543_714_304 + 7_615_616_512
+    assert planned.disk["models to fetch"] == 2 * 2 * numbers
+    assert planned.disk["residual"] == 4 * numbers
+    assert planned.disk["grafts"] == 2 * 7_615_616_512  # each goes once it is scored
+    assert planned.graft_flops == sum(
+        len(study.seeds) * graft_flops(count)
+        for count in (494_032_768, 1_543_714_304, 7_615_616_512)
+    )
 
 
 def test_llama_3_on_one_h100_does_not_fit_and_the_plan_says_what_would(

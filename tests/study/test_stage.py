@@ -11,7 +11,9 @@ import fedgraft
 from fedgraft.errors import ArtefactError
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import stage
-from fedgraft.study.stage import run_stage
+from fedgraft.study.stage import BEGUN, model_hash, run_stage
+from fedgraft.testing import save_tiny
+from fedgraft.weights.checkpoint import Checkpoint
 
 
 class Maker:
@@ -40,6 +42,10 @@ def test_what_is_no_stage_is_never_cleared_away(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="found a residual, which is not removed; choose anot"):
         run(folder, Maker())
     assert (folder / "weights").exists()
+    (folder / RECORD).unlink()
+    with pytest.raises(ArtefactError, match="found files of others, which is not removed; choose"):
+        run(folder, Maker())
+    assert [path.name for path in folder.iterdir()] == ["weights"]
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
@@ -86,6 +92,24 @@ def test_code_that_makes_no_numbers_does_not_count(
     assert code_hash() != first
 
 
+def test_a_model_that_reads_otherwise_is_another_model_to_a_stage(tmp_path: Path) -> None:
+    """Its template, stop tokens or tokenizer were edited in place; a readme changes no score."""
+    model, speaker = save_tiny(tmp_path / "model"), save_tiny(tmp_path / "speaker")
+
+    def now() -> str:
+        return model_hash(Checkpoint.open(model), Checkpoint.open(speaker))
+
+    seen = [now()]
+    (model / "README.md").write_text("A small model.", encoding="utf-8")
+    assert now() == seen[0]
+    for place in (model, speaker):
+        for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json"):
+            with (place / name).open("a", encoding="utf-8") as file:
+                file.write(" ")
+            seen.append(now())
+    assert len(set(seen)) == len(seen) == 7
+
+
 def test_a_stage_that_failed_is_incomplete_and_starts_clean(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").mkdir()
@@ -99,7 +123,7 @@ def test_a_stage_that_failed_is_incomplete_and_starts_clean(tmp_path: Path) -> N
     def look(folder: Path) -> dict[str, Any]:
         return {"left": sorted(path.name for path in folder.iterdir())}
 
-    assert run(tmp_path / "s", look).figures["left"] == [".model.training-1"]
+    assert run(tmp_path / "s", look).figures["left"] == [BEGUN, ".model.training-1"]
     assert [path.name for path in (tmp_path / "s").iterdir()] == [RECORD]
 
 
@@ -107,7 +131,7 @@ def test_a_stage_that_is_run_again_is_incomplete_until_it_ends(tmp_path: Path) -
     run(tmp_path / "s", Maker())
 
     def look(folder: Path) -> None:
-        assert list(folder.iterdir()) == []
+        assert [path.name for path in folder.iterdir()] == [BEGUN]
 
     run(tmp_path / "s", look, inputs={})
 
@@ -166,7 +190,7 @@ def test_what_interrupted_training_goes_on_from_is_kept_beside_its_state_only(
 
     for state in (["model-5", "other"], ["model-5", "other", ".state"]):
         folder.mkdir(exist_ok=True)
-        for name in state:
+        for name in (BEGUN, *state):
             (folder / name).touch()
         run_stage(
             folder,
@@ -177,4 +201,5 @@ def test_what_interrupted_training_goes_on_from_is_kept_beside_its_state_only(
             say=lambda _: None,
             keep="model-*",
         )
-    assert seen == [[], [".state", "model-5"]]
+        (folder / RECORD).unlink()
+    assert seen == [[BEGUN], [BEGUN, ".state", "model-5"]]

@@ -56,11 +56,6 @@ SEED, SHOT_SEED = 0, 1234
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 BATCH_LOGITS = 1 << 27
 """Logits of a batch where nothing can run out of memory and be tried again: 0.5 GB in float32."""
-READING = (
-    *("config.json", "generation_config.json", "token*.*", "vocab*.*", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json", "chat_template*"),
-)
-"""Files beside the weights that decide on what the model reads and when it stops."""
 OFFLINE = ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE")
 
 
@@ -223,11 +218,10 @@ def _of(
         for part, splits in files.get(benchmark.name, {}).items()
         for split, file in splits.items()
     }
-    reading = {path for pattern in READING for path in checkpoint.path.glob(pattern)}
     return {
         "format": FORMAT,
         "model": checkpoint.content_hash,
-        "reading": hash_json({path.name: hash_files([path]) for path in reading}),
+        "reading": checkpoint.reading_hash,
         "benchmark": benchmark.name,
         "versions": _versions(benchmark, manager),
         "lm_eval": importlib.metadata.version("lm_eval"),

@@ -59,7 +59,7 @@ from fedgraft.study.result import (
 )
 from fedgraft.study.run import Stages, versions
 from fedgraft.study.selection import load_source
-from fedgraft.study.stage import Say, run_stage
+from fedgraft.study.stage import Say, model_hash, run_stage
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue, encode, load_dialogues, pack_dialogues
 from fedgraft.text.packing import Rows, mix, pack
@@ -129,9 +129,10 @@ class _Lineages(Stages):
         super().__init__(out, say)
         self.study = study
         self.opened = {name: Checkpoint.open(path) for name, path in study.checkpoints.items()}
-        self.tokenizer = open_tokenizer(self.opened[study.speaker].path)
+        speaker = self.opened[study.speaker]
+        self.tokenizer = open_tokenizer(speaker.path)
         self._check_tokens()
-        self.hashes = {one.path: one.content_hash for one in self.opened.values()}
+        self.hashes = {one.path: model_hash(one, speaker) for one in self.opened.values()}
         self._load_texts()
         self.num_left_out: dict[str, int] = {}
         self.examples = {name: self._examples(name, one) for name, one in study.examples.items()}

@@ -101,6 +101,17 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grafts:
+    """All grafts of a study, and the residuals that are added."""
+
+    num: int
+    flops: float
+    residual_bytes: int
+    num_bytes: int
+    """Of the grafts that stand at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """Examples that the frozen model reads so that they can be compared."""
 
@@ -200,16 +211,19 @@ def plan(
     check_machine(num_processes, share)
     row = study.row_length
     if isinstance(study, LineageStudy):
-        shapes = {
+        came = {
             name: shape_of(checkpoint, study.shape_of(name), "shape")
             for name, checkpoint in study.checkpoints.items()
         }
-        first = next(iter(shapes))
-        base, (shape, at_hand) = study.checkpoints[first], shapes[first]
-        works = list(_of_lineage(study, {name: found for name, (found, _) in shapes.items()}))
+        first = next(iter(came))
+        base, (shape, at_hand) = study.checkpoints[first], came[first]
+        shapes = _shapes(study, {name: found for name, (found, _) in came.items()})
+        models = {study.checkpoints[name]: shapes[name] for name in came}
+        works = list(_of_lineage(study, shapes))
     else:
         base = study.family.base
         shape, at_hand = shape_of(base, study.family.shape, "family.shape")
+        models = dict.fromkeys((base, study.family.instruct), shape)
         works = list(_of_study(study, shape))
     faults = [
         f"  {work.key}.{fault}" for work in works for fault in amiss(work, row, num_processes)
@@ -221,16 +235,10 @@ def plan(
         )
     trainings = tuple(training_of(work, row, machine, num_processes, share) for work in works)
     if isinstance(study, LineageStudy):
-        models = tuple(study.checkpoints.values())
-        num_grafts, residuals, kept = _num_grafts(study)
-        ratio = None
+        grafts, ratio = _grafts_of_lineage(study, shapes), None
     else:
-        models = (study.family.base, study.family.instruct)
-        num_grafts = _num_grafts_of_study(study, trainings[0])
-        residuals, kept = 1, 1 if study.curve else num_grafts  # a curve's are scored and go
-        tuning = study.tuning
+        grafts, tuning = _grafts_of_study(study, shape, trainings[0]), study.tuning
         ratio = tuning_ratio(tuning, study.pretrain.num_tokens) if tuning else None
-    stored = model_bytes(shape)
     missing = tuple(model for model in models if fetched(model) is None)
     return Plan(
         study=study.name,
@@ -241,14 +249,14 @@ def plan(
         shape=shape,
         at_hand=at_hand,
         trainings=trainings,
-        num_grafts=num_grafts,
-        graft_flops=num_grafts * graft_flops(shape.num_parameters),
+        num_grafts=grafts.num,
+        graft_flops=grafts.flops,
         tuning_ratio=ratio,
         disk={
-            "models to fetch": len(missing) * stored,
-            "residual": residuals * shape.num_parameters * DTYPES["F32"].itemsize,
+            "models to fetch": sum(model_bytes(models[model]) for model in missing),
+            "residual": grafts.residual_bytes,
             **{f"checkpoints of {one.stage}": one.num_runs * one.bytes_left for one in trainings},
-            "grafts": kept * stored,
+            "grafts": grafts.num_bytes,
             "to resume from, while training": max((t.state_bytes for t in trainings), default=0),
         },
         not_there=study.not_there + missing,
@@ -276,14 +284,20 @@ def _of_study(study: Study, shape: Shape) -> Iterator[Work]:
         yield Work(stage=stage, key=key, settings=one, num_runs=num_runs, shape=shape)
 
 
-def _of_lineage(study: LineageStudy, came: Mapping[str, Shape]) -> Iterator[Work]:
-    """What a study of lineages trains; models that are trained alike stand together."""
+def _shapes(study: LineageStudy, came: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Of every model of a study of lineages, those that are made included."""
     shapes = dict(came)
-    alike: dict[tuple[PretrainSettings, Shape], list[str]] = {}
     for name, recipe in study.recipes.items():
         shapes[name] = shapes[model_of(recipe.parent)]
         if recipe.fresh:
             shapes[name] = _resized(name, shapes[name], recipe.fresh)
+    return shapes
+
+
+def _of_lineage(study: LineageStudy, shapes: Mapping[str, Shape]) -> Iterator[Work]:
+    """What a study of lineages trains; models that are trained alike stand together."""
+    alike: dict[tuple[PretrainSettings, Shape], list[str]] = {}
+    for name, recipe in study.recipes.items():
         if recipe.training:
             alike.setdefault((settings_of(recipe.training), shapes[name]), []).append(name)
     for (settings, own), names in alike.items():
@@ -304,25 +318,37 @@ def _resized(name: str, shape: Shape, sizes: Sizes) -> Shape:
         raise StudyError(f"models.{name}.fresh: {'; '.join(faults_of(error))}") from error
 
 
-def _num_grafts(study: LineageStudy) -> tuple[int, int, int]:
-    """Grafts, residuals, and grafts that stand at once: those that are scored go, one by one."""
-    num_seeds = len(study.seeds)
+def _grafts_of_lineage(study: LineageStudy, shapes: Mapping[str, Shape]) -> Grafts:
+    """Each with the size of its model; of those that are scored and go, one stands at a time."""
     grafts = {name: one.graft for name, one in study.recipes.items() if one.graft}
-    made = {name: num_seeds if study.is_seeded(name) else 1 for name in grafts}
+    made = {name: len(study.seeds) if study.is_seeded(name) else 1 for name in grafts}
+    sizes = {name: model_bytes(shapes[name]) for name in grafts}
     residuals = {
-        added.residual: num_seeds if any(map(study.is_seeded, added.residual)) else 1
+        added.residual: (len(study.seeds) if any(map(study.is_seeded, added.residual)) else 1)
+        * residual_bytes(shapes[model_of(added.residual[0])])
         for added in grafts.values()
     }
-    passing = any(map(study.is_passing, grafts))
-    kept = sum(number for name, number in made.items() if not study.is_passing(name))
-    return sum(made.values()), sum(residuals.values()), kept + passing
+    passing = [name for name in grafts if study.is_passing(name)]
+    return Grafts(
+        num=sum(made.values()),
+        flops=sum(n * graft_flops(shapes[name].num_parameters) for name, n in made.items()),
+        residual_bytes=sum(residuals.values()),
+        num_bytes=sum(n * sizes[name] for name, n in made.items() if name not in passing)
+        + max((sizes[name] for name in passing), default=0),
+    )
 
 
-def _num_grafts_of_study(study: Study, pretraining: Training) -> int:
+def _grafts_of_study(study: Study, shape: Shape, pretraining: Training) -> Grafts:
     num_ways = len(study.ways) if study.curve else 1
     texts = study.curve.domains.texts if study.curve and study.curve.domains else {}
-    return len(study.seeds) * (
+    num = len(study.seeds) * (
         num_ways * len(pretraining.checkpoints) + len(study.merging) + len(texts)
+    )
+    return Grafts(
+        num=num,
+        flops=num * graft_flops(shape.num_parameters),
+        residual_bytes=residual_bytes(shape),
+        num_bytes=(1 if study.curve else num) * model_bytes(shape),  # a curve's are scored and go
     )
 
 
@@ -516,6 +542,11 @@ def model_bytes(shape: Shape) -> int:
     """A checkpoint of the model on disk, in the dtype of its weights."""
     names = {name: key for key, name in CONFIG_DTYPES.items()}
     return shape.num_parameters * DTYPES[names[shape.dtype]].itemsize
+
+
+def residual_bytes(shape: Shape) -> int:
+    """A residual on disk, which is float32."""
+    return shape.num_parameters * DTYPES["F32"].itemsize
 
 
 def _notes(

@@ -21,7 +21,7 @@ from fedgraft.models import open_model, open_tokenizer
 from fedgraft.provenance import Record, derive_seed, hash_json
 from fedgraft.study.cost import ADAPTERS, TRAINING, StageCost, graft_flops
 from fedgraft.study.material import Material, hash_documents
-from fedgraft.study.stage import Say, run_stage
+from fedgraft.study.stage import Say, model_hash, run_stage
 from fedgraft.study.study import Form, Merging, Study
 from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
@@ -46,7 +46,7 @@ class Stages:
     def __init__(self, out: Path, say: Say) -> None:
         self.out, self.say = out, say
         self.hashes: dict[Path, str] = {}
-        """Content hashes of checkpoints that no stage made."""
+        """Of checkpoints that no stage made, see `study.stage.model_hash`."""
         self.costs: list[StageCost] = []
         self.losses: dict[str, tuple[tuple[int, float], ...]] = {}
         self.learning_rates: dict[str, tuple[tuple[int, float], ...]] = {}
@@ -238,7 +238,8 @@ class Run(Stages):
             "base": self.family.base.content_hash,
             "instruct": self.family.instruct.content_hash,
         }
-        self.hashes = {self.base: self.parents["base"], self.instruct: self.parents["instruct"]}
+        base, instruct = self.family.base, self.family.instruct
+        self.hashes = {one.path: model_hash(one, instruct) for one in (base, instruct)}
         self.forms: dict[Form, Residual] = {}
         self.tokenizer = open_tokenizer(self.instruct)
         self.material = Material.load(study)

@@ -65,7 +65,7 @@ from fedgraft.study.result import (
 from fedgraft.study.rivals import START, WORDS, against, leading, over_seeds, verdict
 from fedgraft.study.run import Run, versions
 from fedgraft.study.shape import Shape
-from fedgraft.study.stage import Say, run_stage
+from fedgraft.study.stage import Say, model_hash, run_stage
 from fedgraft.study.study import (
     EvaluationPart,
     FamilyPart,
@@ -490,7 +490,7 @@ class _Run:
         run_stage(
             self.out / MAP,
             title=f"draw the examples, as {best} reads them",
-            inputs={"model": Checkpoint.open(model).content_hash, **inputs},
+            inputs={"model": model_hash(Checkpoint.open(model)), **inputs},
             settings={
                 "encoding": study.arms[best].encoding.model_dump(mode="json"),
                 "prompt": study.prompt,
@@ -558,7 +558,7 @@ class _Run:
             self.out / place,
             title=title,
             inputs={
-                "model": Checkpoint.open(model).content_hash,
+                "model": model_hash(Checkpoint.open(model)),
                 "test": hash_examples(self.test),
                 **inputs,
             },

@@ -2,7 +2,7 @@
 
 A complete stage is not run again while its inputs, its settings and the code are the same. What a
 stage makes appears whole or not at all; a stage that was killed is run again, and training inside
-it goes on from its last checkpoint.
+it goes on from its last checkpoint. A folder that no stage has begun is never cleared.
 """
 
 import shutil
@@ -16,8 +16,12 @@ from typing import Any
 import fedgraft
 from fedgraft.errors import ArtefactError
 from fedgraft.provenance import RECORD, Record, hash_files, hash_json, told_if_unwritable
+from fedgraft.weights.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
+
+BEGUN = ".begun"
+"""Lies in a stage's folder until its record does."""
 
 
 def run_stage(
@@ -37,21 +41,21 @@ def run_stage(
         say: Tells the person who waits.
         keep: Pattern of what interrupted training has left beside its state and goes on from:
             removed unless that state is there.
+
+    Raises ArtefactError where the folder holds what no stage has made, or cannot be written.
     """
     settings = {**settings, "code": code_hash()}
     done = Record.read(folder)
     if done and done.inputs == dict(inputs) and hash_json(done.settings) == hash_json(settings):
         say(f"{title}: done already")
         return done
-    if done and done.kind != "stage":
-        raise ArtefactError(
-            f"{folder}: expected a stage of this study, or nothing, found a {done.kind}, which is "
-            "not removed; choose another --out"
-        )
+    _refuse_what_is_no_stage(folder, done)
+    begun = folder / BEGUN
     with told_if_unwritable(folder, left="finished stages are kept"):
         folder.mkdir(parents=True, exist_ok=True)
+        begun.touch()
         (folder / RECORD).unlink(missing_ok=True)
-        interrupted = any(left.name.startswith(".") for left in folder.iterdir())
+        interrupted = any(left.name.startswith(".") and left != begun for left in folder.iterdir())
         _clear(folder, hidden=False, keep=keep if interrupted else "")
         say(title)
         started = time.monotonic()
@@ -67,15 +71,38 @@ def run_stage(
         finished = folder / f".{RECORD}"
         finished.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         finished.rename(folder / RECORD)
+        begun.unlink()
     say(f"    {seconds:.1f} s")
     return record
+
+
+def _refuse_what_is_no_stage(folder: Path, done: Record | None) -> None:
+    if done and done.kind == "stage":
+        return
+    found = f"a {done.kind}" if done else "files of others"
+    if done or (folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists()):
+        raise ArtefactError(
+            f"{folder}: expected a stage of this study, or nothing, found {found}, which is not "
+            "removed; choose another --out"
+        )
 
 
 def _clear(folder: Path, *, hidden: bool, keep: str = "") -> None:
     """Remove what is hidden (the state of interrupted training), or what is not."""
     for left in folder.iterdir():
-        if left.name.startswith(".") == hidden and not fnmatch(left.name, keep):
+        kept = left.name == BEGUN or fnmatch(left.name, keep)
+        if left.name.startswith(".") == hidden and not kept:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def model_hash(model: Checkpoint, speaker: Checkpoint | None = None) -> str:
+    """Hash of a model that no stage made, and of what it is trained and asked with.
+
+    Args:
+        speaker: Whose tokenizer and chat template that is; None for the model's own.
+    """
+    reading = (speaker or model).reading_hash
+    return hash_json([model.content_hash, model.reading_hash, reading])
 
 
 @cache

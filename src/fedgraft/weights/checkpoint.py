@@ -25,7 +25,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fedgraft.errors import CheckpointError
-from fedgraft.provenance import Record
+from fedgraft.provenance import Record, hash_files, hash_json
 from fedgraft.weights.workers import each_tensor
 
 Array = NDArray[Any]
@@ -57,6 +57,11 @@ CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 MAX_HEADER_BYTES = 100_000_000
+READING = (
+    *("config.json", "generation_config.json", "token*.*", "vocab*.*", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template*"),
+)
+"""Files beside the weights that decide on what the model reads and when it stops."""
 """The format's own limit."""
 
 
@@ -243,6 +248,13 @@ class Checkpoint(TensorFiles):
     def num_parameters(self) -> int:
         """Numbers in the tensors; tied embeddings are counted once."""
         return sum(info.num_elements for info in self.tensors.values())
+
+    @property
+    def reading_hash(self) -> str:
+        """Hash of config, tokenizer, chat template and stop tokens: what a score depends on besides
+        the numbers, and what `content_hash` leaves out."""
+        files = {file for pattern in READING for file in self.path.glob(pattern)}
+        return hash_json({file.name: hash_files([file]) for file in files})
 
     @property
     def record(self) -> Record | None:
