@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.report.pages import after, only_sorts
-from tests.study.test_tables import card, lineage, scores
+from tests.study.test_tables import asked, card, lineage, scores
 
 from fedgraft.report.tables import (
     as_csv,
@@ -63,6 +63,24 @@ def test_what_is_missing_is_said_and_is_never_zero(gap: Table) -> None:
     assert as_html(gap).count('<span class="missing">missing</span>') == 3
     for text in (as_csv(gap), as_markdown(gap), as_latex(gap), as_html(gap)):
         assert not re.search(r"\b0\.00\b", text)
+
+
+def test_what_was_asked_otherwise_is_said_below_the_table_in_every_form() -> None:
+    few = {"mmlu_pro": asked(num_rows=40)}
+    made = table({"L3b": [card(scores()).model_copy(update={"benchmarks": few})]})
+    told = "mmlu_pro: 40 of 100 questions (L3b)"
+    assert as_markdown(made).endswith(f"published:\n\n- {told}\n")
+    assert as_latex(made).endswith(
+        r"\end{tabular}"
+        "\n"
+        r"\par\smallskip\footnotesize Asked otherwise than in the paper, and not comparable with "
+        "what is published:\n"
+        r"\par\smallskip\footnotesize mmlu\_pro: 40 of 100 questions (L3b)"
+        "\n"
+    )
+    assert f"<li>{told}</li>" in as_html(made)
+    for form in (as_markdown, as_latex, as_html):
+        assert "Asked otherwise" not in form(paper("forgetting"))
 
 
 def test_the_form_of_gsm8k_has_a_line_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tests.report.example import example_forgetting, example_result
 
 from fedgraft.errors import StudyError
-from fedgraft.evaluation.benchmarks import PAPER_ROWS
+from fedgraft.evaluation.benchmarks import PAPER_ROWS, Asked
 from fedgraft.evaluation.scorecard import Score, Scorecard, together
 from fedgraft.study.comparison import summarise
 from fedgraft.study.cost import StageCost
@@ -58,6 +59,28 @@ def card(percent: dict[Row, float], seed: int = 1, arm: str = "graft") -> Scorec
     )
 
 
+def asked(**changes: Any) -> Asked:
+    """A benchmark, asked as the paper asks it."""
+    whole = Asked(
+        versions=("1",),
+        lm_eval="0.4",
+        data="hub",
+        num_rows=100,
+        num_rows_held=100,
+        num_shots=5,
+        num_shots_wanted=5,
+        answer_tokens=256,
+        answer_tokens_wanted=256,
+        num_cut=0,
+        shots_without_reasoning=False,
+        chat_template=False,
+        precision="float32",
+        backend="transformers",
+        batch_size=1,
+    )
+    return whole.model_copy(update=changes)
+
+
 def scores(value: float = 50.0) -> dict[Row, float]:
     return dict.fromkeys(SCORES, value)
 
@@ -74,6 +97,32 @@ def test_every_average_of_the_paper_is_within_rounding_with_these_exceptions() -
     assert by_nothing.words == (
         "table 3, Q2b+2.5Qr, Sub-Average reasoning: printed 65.48, its rows give 65.439; rounding "
         "cannot make that"
+    )
+
+
+def test_what_was_asked_otherwise_is_noted_and_has_no_difference_to_the_paper() -> None:
+    """Nor has any average that it is part of; what was asked in full has one."""
+    whole = {"gsm8k": asked(), "mmlu": asked()}
+    few = card(scores()).model_copy(update={"benchmarks": whole | {"gsm8k": asked(num_shots=3)}})
+    full = card(scores()).model_copy(update={"benchmarks": whole})
+    ours = table({"L3b": [few, full], "L3i": [full]})
+    assert ours.notes == ("gsm8k: 3 of 5 shots (L3b)",)
+    made = beside(ours, paper("forgetting"))
+    assert made.notes == ours.notes
+    lacking = {row for row in made.rows if made.value(row, "L3b, difference") is None}
+    assert lacking == {FLEXIBLE, STRICT, OF_INSTRUCTION, OF_ALL}
+    assert all(made.value(row, "L3i, difference") is not None for row in made.rows)
+    assert made.value(STRICT, "L3b") == 50.0
+
+
+def test_seeds_that_were_asked_in_different_ways_are_both_noted() -> None:
+    cards = [
+        card(scores()).model_copy(update={"benchmarks": {"piqa": asked(num_rows=number)}})
+        for number in (100, 40, 30)
+    ]
+    assert table({"a": cards, "b": cards[1:2]}).notes == (
+        "piqa: 40 of 100 questions or 30 of 100 questions (a)",
+        "piqa: 40 of 100 questions (b)",
     )
 
 

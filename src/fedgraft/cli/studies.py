@@ -125,6 +125,8 @@ def tables(
             f"no column is called as in table {NUMBERS[name]} ({', '.join(paper(name).columns)}),",
         )
         say("", "so that no difference is taken; the paper's table stands below ours")
+    for note in ours.notes if ours else ():
+        say("asked", f"{note}; no difference is taken")
     for number, one in enumerate(one for name in NAMES for one in deviations(name)):
         say("" if number else "averages", one.words)
     finish("tables", page, steps=["open it in a browser; CSV, Markdown and LaTeX stand beside it"])

@@ -193,6 +193,11 @@ class Asked(BaseModel):
         return ", ".join(filter(None, parts))
 
 
+def benchmark_of(score: str) -> str:
+    """`benchmark/gsm8k/exact_match_strict` -> `gsm8k`."""
+    return score.split("/")[1]
+
+
 def chosen(names: Iterable[str] = ()) -> tuple[Benchmark, ...]:
     """The benchmarks of these names in the paper's order, all where none is named.
 

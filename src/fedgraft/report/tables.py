@@ -42,6 +42,7 @@ from fedgraft.study.tables import (
 )
 
 MISSING = "missing"
+ASKED_OTHERWISE = "Asked otherwise than in the paper, and not comparable with what is published:"
 TITLES: Mapping[Name, str] = {
     "forgetting": "Table 2: reading on, with and without the residual",
     "portability": "Table 3: residuals across versions of a family",
@@ -141,6 +142,8 @@ def as_markdown(table: Table) -> str:
             for column, value in zip(table.columns, values, strict=True)
         ]
         lines.append("| " + " | ".join((*row, *cells)) + " |")
+    if table.short:
+        lines += ["", ASKED_OTHERWISE, "", *(f"- {note}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -164,7 +167,9 @@ def as_latex(table: Table) -> str:
         lines += [*rules, " & ".join((*map(_escaped, row), *cells)) + r" \\"]
         lines += [r"\midrule"] * average
     lines[-1] = r"\bottomrule"
-    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+    told = [ASKED_OTHERWISE, *table.notes] if table.short else []
+    notes = [r"\par\smallskip\footnotesize " + _escaped(note) for note in told]
+    return "\n".join([*lines, r"\end{tabular}", *notes]) + "\n"
 
 
 def as_html(table: Table) -> str:
@@ -189,6 +194,8 @@ def as_html(table: Table) -> str:
         bodies=[body for body in bodies if body],
         averages=AVERAGES,
         form=IN_FORM,
+        notes=table.notes,
+        asked_otherwise=ASKED_OTHERWISE,
     )
 
 

@@ -14,7 +14,7 @@ A column is called after what it is, `MODEL[+TOKENS][+RESIDUAL]`: `L3b+100M+3Lr`
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Literal, get_args
 from pydantic import ValidationError
 
 from fedgraft.errors import StudyError
-from fedgraft.evaluation.benchmarks import PAPER_ROWS
+from fedgraft.evaluation.benchmarks import PAPER_ROWS, benchmark_of
 from fedgraft.evaluation.scorecard import Scorecard
 from fedgraft.study.result import Found, Lineages, Result, Whichever, load_result
 
@@ -64,6 +64,25 @@ class Table:
     """In the order of the page; a value for each column."""
     rivals: tuple[tuple[str, ...], ...]
     """Columns of which one is the best in a row: models of one size."""
+    short: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Column -> benchmark -> what of it was asked otherwise than in the paper."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """`short` in words: `gsm8k: 3 of 5 shots (L3b, L3b+100M)`."""
+        columns: dict[tuple[str, str], list[str]] = {}
+        for column, short in self.short.items():
+            for benchmark, words in short.items():
+                columns.setdefault((benchmark, words), []).append(column)
+        return tuple(
+            f"{benchmark}: {words} ({', '.join(where)})"
+            for (benchmark, words), where in columns.items()
+        )
+
+    def is_short(self, row: Row, column: str) -> bool:
+        """Whether a number, or one that it is the mean of, was asked otherwise."""
+        short = self.short.get(column, {})
+        return any(benchmark_of(PAPER_ROWS[one]) in short for one in AVERAGES.get(row, (row,)))
 
     def value(self, row: Row, column: str) -> float | None:
         return self.rows[row][self.columns.index(column)]
@@ -126,7 +145,21 @@ def table(columns: Mapping[str, Sequence[Scorecard]]) -> Table:
         row: tuple(_percent([card.value(name) for card in cards]) for cards in columns.values())
         for row, name in PAPER_ROWS.items()
     }
-    return with_averages(tuple(columns), scores)
+    short = {column: _short_of(cards) for column, cards in columns.items()}
+    return replace(
+        with_averages(tuple(columns), scores),
+        short={column: found for column, found in short.items() if found},
+    )
+
+
+def _short_of(cards: Sequence[Scorecard]) -> dict[str, str]:
+    """Benchmark -> its shortcomings, of all seeds."""
+    found: dict[str, list[str]] = {}
+    for card in cards:
+        for benchmark, asked in card.benchmarks.items():
+            if asked.shortcomings:
+                found.setdefault(benchmark, []).append(asked.shortcomings)
+    return {benchmark: " or ".join(dict.fromkeys(words)) for benchmark, words in found.items()}
 
 
 def load_columns(told: Sequence[str]) -> dict[str, list[Scorecard]]:
@@ -229,7 +262,10 @@ def nearest(columns: Sequence[str]) -> Name:
 
 
 def beside(ours: Table, printed: Table) -> Table:
-    """Our columns, each that the paper has too followed by the paper's and by the difference."""
+    """Our columns, each that the paper has too followed by the paper's and by the difference.
+
+    There is none where a benchmark was asked otherwise (fewer questions or shots, cut text).
+    """
     shared = shared_columns(ours.columns, printed)
     names: list[str] = []
     for column in ours.columns:
@@ -243,11 +279,17 @@ def beside(ours: Table, printed: Table) -> Table:
             found.append(value)
             if column in shared:
                 told = printed.value(row, column) if row in printed.rows else None
-                found += [told, None if value is None or told is None else value - told]
+                if value is None or told is None or ours.is_short(row, column):
+                    found += [told, None]
+                else:
+                    found += [told, value - told]
         return tuple(found)
 
     return Table(
-        columns=tuple(names), rows={row: values(row) for row in ours.rows}, rivals=(ours.columns,)
+        columns=tuple(names),
+        rows={row: values(row) for row in ours.rows},
+        rivals=(ours.columns,),
+        short=ours.short,
     )
 
 
