@@ -87,11 +87,12 @@ def test_two_files_of_one_split_are_refused_by_name(tmp_path: Path) -> None:
         ("{broken", "line 5: expected a JSON object with goal, .*, found Expecting property name"),
         ('{"goal": "x", "sol1": "y"}', "line 5: .*, found nothing under sol2, label; fetch"),
         ("[1]", "line 5: .*, found nothing under goal, sol1, sol2, label"),
+        ("\udcff", "line 5: .*, found 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     folder = write_exams(tmp_path)
-    with (folder / "piqa_valid.jsonl").open("a") as file:
+    with (folder / "piqa_valid.jsonl").open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(EvaluationError, match=words):
         find_files(PAPER["piqa"], folder)

@@ -4,7 +4,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import random
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -148,13 +150,16 @@ def test_the_first_questions_of_mmlu_pro_are_shots_and_score_no_more(
     assert asked.shots_without_reasoning
 
 
-def load(name: str, data: Path) -> dict[str, Any]:
+def load(name: str, data: Path, cache: Path) -> dict[str, Any]:
     with harness._quiet(), harness._offline(asked=True):
-        return harness._load(PAPER[name], find_files(PAPER[name], data), harness._manager())
+        files = find_files(PAPER[name], data)
+        return harness._load(PAPER[name], files, harness._manager(), cache)
 
 
-def test_shots_from_the_head_show_the_answer_in_the_form_that_is_asked_for(data: Path) -> None:
-    task = load("mmlu_pro", data)["tasks"]["mmlu_pro_law"]
+def test_shots_from_the_head_show_the_answer_in_the_form_that_is_asked_for(
+    data: Path, tmp_path: Path
+) -> None:
+    task = load("mmlu_pro", data, tmp_path / "cache")["tasks"]["mmlu_pro_law"]
     task.build_all_requests(limit=1)
     prompt = task.instances[0].args[0]
     assert prompt.count("Which is") == 6
@@ -171,7 +176,7 @@ def test_mmlu_pro_takes_its_shots_from_the_validation_file_where_there_is_one(
     rows = [json.loads(line) for line in (data / "mmlu_pro_test.jsonl").open()]
     reasoned = [row | {"cot_content": "A: Let's think step by step. Hm."} for row in rows]
     write(data / "mmlu_pro_validation.jsonl", reasoned)
-    task = load("mmlu_pro", data)["tasks"]["mmlu_pro_law"]
+    task = load("mmlu_pro", data, tmp_path / "cache")["tasks"]["mmlu_pro_law"]
     task.build_all_requests(limit=1)
     assert len(task.eval_docs) == 7
     assert "step by step. Hm.\n\n" in task.instances[0].args[0]
@@ -183,7 +188,69 @@ def test_a_subject_with_no_more_questions_than_shots_is_refused(tmp_path: Path) 
     rows = [json.loads(line) for line in file.open()]
     write(file, [row for n, row in enumerate(rows) if row["category"] != "law" or n % 7 < 5])
     with pytest.raises(EvaluationError, match="mmlu_pro_law: expected more than 5 questions"):
-        load("mmlu_pro", data)
+        load("mmlu_pro", data, tmp_path / "cache")
+
+
+def test_a_file_that_holds_other_questions_at_the_same_time_of_change_is_read_again(
+    tmp_path: Path,
+) -> None:
+    """As after unpacking an archive; `datasets` goes by the name and that time."""
+    data = write_exams(tmp_path / "exams")
+    file = data / "piqa_valid.jsonl"
+    before = file.stat()
+    asked = []
+    for goal in ("Open door", "Close gate"):
+        file.write_text(file.read_text().replace("Open door", goal))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        docs = load("piqa", data, tmp_path / "cache")["tasks"]["piqa"].validation_docs()
+        asked.append(docs[0]["goal"])
+    assert asked == ["Open door 0", "Close gate 0"]
+
+
+def test_too_few_questions_to_show_first_are_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    exams = shutil.copytree(data, tmp_path / "exams")
+    file = exams / "gsm8k_train.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(
+        EvaluationError, match="gsm8k: expected 5 questions or more to show first, "
+    ):
+        run(model, tmp_path / "kept", "gsm8k", data=exams, fit=True)
+
+
+def test_a_subject_of_one_question_has_no_standard_error_and_is_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    exams = shutil.copytree(data, tmp_path / "exams")
+    file = exams / "mmlu" / "anatomy_test.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(
+        EvaluationError, match="mmlu_anatomy: expected 2 questions or more, found 1"
+    ):
+        run(model, tmp_path / "kept", "mmlu", data=exams, fit=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("hellaswag_val", '"label": "1"', '"label": "first"'),
+        ("arc_easy_test", '"answerKey": "B"', '"answerKey": "Z"'),
+        ("winogrande_xl_dev", '"option1": "the heron"', '"option1": null'),
+        ("truthfulqa_mc", '"choices": ["Yes.", "No.", "At times."]', '"texts": []'),
+    ],
+)
+def test_lines_with_what_nobody_expected_are_told_by_benchmark(
+    name: str, before: str, after: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    exams = shutil.copytree(data, tmp_path / "exams")
+    file = exams / f"{name}.jsonl"
+    assert before in file.read_text()
+    file.write_text(file.read_text().replace(before, after))
+    (benchmark,) = [one for one in PAPER if name.startswith(one.removesuffix("_mc2"))]
+    words = f"{benchmark}: expected questions in .*exams as lm-eval's task .*fetch its files again"
+    with pytest.raises(EvaluationError, match=words):
+        run(model, tmp_path / "kept", benchmark, data=exams, fit=True)
 
 
 def test_a_subject_that_lm_eval_does_not_know_is_refused(tmp_path: Path, model: Path) -> None:
@@ -321,7 +388,7 @@ def test_the_shots_that_fit_are_as_many_as_fit(data: Path, tmp_path: Path) -> No
 
 
 def lengths_of(model: Path, data: Path, name: str, shots: int) -> list[int]:
-    tasks = list(load(name, data)["tasks"].values())
+    tasks = list(load(name, data, model.with_name("cache"))["tasks"].values())
     settings = BenchmarkSettings(data=data)
     return harness._lengths(tasks, shots, None, open_tokenizer(model), settings)
 

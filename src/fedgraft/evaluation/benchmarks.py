@@ -257,10 +257,10 @@ def _the_one(benchmark: Benchmark, folder: Path, pattern: str) -> Path:
 
 def _check_lines(file: Path, fields: Sequence[str]) -> None:
     number = 0
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 found = f"{error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             else:

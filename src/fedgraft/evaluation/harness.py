@@ -128,8 +128,9 @@ def run_benchmarks(
         open_network: Opens the checkpoint's model; called once, where anything is left to run.
         say: Tells the person who waits.
 
-    Raises EvaluationError where something is not installed, a file is missing, the tokenizer has no
-    chat template, or the model's context is too short and `fit` was not asked for; NonFiniteError
+    Raises EvaluationError where something is not installed, a file is missing or holds too little
+    or what its task cannot read, the tokenizer has no chat template, or the model's context is too
+    short and `fit` was not asked for; NonFiniteError
     where the model gives NaN; ArtefactError where a kept result is broken or none can be written.
     """
     _check_installed(settings.backend)
@@ -161,8 +162,11 @@ def run_benchmarks(
             if any(b.name == "ifeval" for b in left):
                 _provide_sentences(kept / "nltk_data")
             lm = _open_lm(checkpoint, tokenizer, settings, open_network)
-            loaded = {b.name: _load(b, files.get(b.name), manager) for b in left}
-            fits = {b.name: _fit(b, loaded[b.name], lm, tokenizer, settings) for b in left}
+            loaded, fits = {}, {}
+            for one in left:
+                with _told_if_not_understood(one, settings.data):
+                    loaded[one.name] = _load(one, files.get(one.name), manager, kept / "datasets")
+                    fits[one.name] = _fit(one, loaded[one.name], lm, tokenizer, settings)
             _refuse_unless(settings.fit, fits, checkpoint.path, lm.max_length, say)
             for benchmark in left:
                 fit = fits[benchmark.name]
@@ -293,10 +297,39 @@ def _manager() -> Any:
     )
 
 
+@contextmanager
+def _told_if_not_understood(benchmark: Benchmark, data: Path | None) -> Iterator[None]:
+    """Tell of files whose lines have the benchmark's fields, and in them what nobody expected."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError, DatasetsError) as no:
+        if data is None:
+            raise
+        found = str(no.__cause__ or no).splitlines()[0] or type(no).__name__
+        raise EvaluationError(
+            f"{benchmark.name}: expected questions in {data} as lm-eval's task of that name reads "
+            f"them, found: {found}; fetch its files again, or leave the benchmark out by naming "
+            "others with --task"
+        ) from no
+
+
 def _load(
-    benchmark: Benchmark, files: Mapping[str, Mapping[str, Path]] | None, manager: Any
+    benchmark: Benchmark,
+    files: Mapping[str, Mapping[str, Path]] | None,
+    manager: Any,
+    cache: Path,
 ) -> dict[str, Any]:
-    """Its tasks by name, and its group where it has subjects: what lm-eval's `evaluate` takes."""
+    """Its tasks by name, and its group where it has subjects: what lm-eval's `evaluate` takes.
+
+    Args:
+        cache: Where `datasets` keeps what it made of files, by their content; its own place goes by
+            names and times of change.
+
+    Raises EvaluationError where there are too few questions, or too few to show some first.
+    """
     stock = manager.task_index[benchmark.name].cfg
     if files is None:
         try:
@@ -320,11 +353,21 @@ def _load(
             f"expected files of the subjects that lm-eval knows, found some of {unknown[0]}; "
             "remove them, or rename them as lm-eval names the subject"
         )
-    members = [_from_files(benchmark, manager, task, splits) for task, splits in given.items()]
+    members = [
+        _from_files(benchmark, manager, task, splits, cache) for task, splits in given.items()
+    ]
     loaded = manager.load([{"group": benchmark.name, "task": members}])
     if _shots_lack(benchmark, files):
         for task in loaded["tasks"].values():
             _take_shots_from_the_head(task, benchmark.num_shots)
+    else:
+        _check_enough_shots(loaded["tasks"], benchmark.num_shots)
+    for name, task in loaded["tasks"].items():
+        if (found := len(task.eval_docs)) < 2:
+            raise EvaluationError(
+                f"{name}: expected 2 questions or more, found {found}; one has no standard error. "
+                "Add the others, or remove the file"
+            )
     if not _is_group(stock):
         return {"tasks": loaded["tasks"]}
     from lm_eval.config.group import AggMetricConfig
@@ -341,7 +384,7 @@ def _shots_lack(benchmark: Benchmark, files: Mapping[str, Mapping[str, Path]] | 
 
 
 def _from_files(
-    benchmark: Benchmark, manager: Any, task: str, splits: Mapping[str, Path]
+    benchmark: Benchmark, manager: Any, task: str, splits: Mapping[str, Path], cache: Path
 ) -> dict[str, Any]:
     """What of a task's own settings changes where its data are files."""
     stock = manager.task_index[task].cfg
@@ -349,13 +392,23 @@ def _from_files(
     if benchmark.optional:
         files.setdefault(benchmark.optional, files["test"])
     lacking = [name for name in SPLITS if stock.get(name) and stock[name] not in files]
+    content = hash_files([splits[name] for name in sorted(splits)]).removeprefix("sha256:")[:16]
     return {
         "task": task,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache / content)},
         **dict.fromkeys(lacking),
     }
+
+
+def _check_enough_shots(tasks: Mapping[str, Any], num_shots: int) -> None:
+    for name, task in tasks.items():
+        if num_shots and (found := len(list(task.fewshot_docs()))) < num_shots:
+            raise EvaluationError(
+                f"{name}: expected {num_shots} questions or more to show first, found {found}; "
+                "fetch the file of those again"
+            )
 
 
 def _take_shots_from_the_head(task: Any, num_shots: int) -> None:
