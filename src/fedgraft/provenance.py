@@ -92,17 +92,22 @@ class Record(BaseModel):
         (directory / RECORD).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def check_directory(place: Path) -> None:
+    """Raise ArtefactError where a file stands in the place of a directory, or above it."""
+    for one in (place, *place.absolute().parents):
+        if one.exists() and not one.is_dir():
+            raise ArtefactError(
+                f"{one}: expected a directory to write, found a file; choose another"
+            )
+
+
 def check_free(out: Path, *, overwrite: bool = False) -> None:
     """Ask before long work whether an artefact may be written to `out`.
 
     Raises ArtefactError where it exists (unless `overwrite`, and it is an artefact), where it is
     not a directory, lies in none, or is a mount point, which nothing can take the place of.
     """
-    for place in (out, *out.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise ArtefactError(
-                f"{place}: expected a directory to write, found a file; choose another"
-            )
+    check_directory(out)
     if os.path.ismount(out):
         raise ArtefactError(
             f"{out}: expected a directory that appears whole, found a mount point, which cannot be "

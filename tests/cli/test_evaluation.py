@@ -42,6 +42,29 @@ def test_benchmarks_end_with_their_scores_how_they_were_asked_and_the_scorecard(
     assert "piqa: finished before" in fedgraft(*command).stdout
 
 
+def test_what_is_for_benchmarks_is_refused_without_one(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("The heron stands in the river.")
+    done = fedgraft("evaluate", model, "--data", tmp_path / "page.txt", "--limit", 3)
+    assert done.exit_code == 2, done.output
+    assert "--limit is for benchmarks, found none" in " ".join(done.output.split())
+
+
+def test_files_that_cannot_be_read_are_told_before_any_benchmark_is_asked(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    done = fedgraft(
+        *("evaluate", model, "--task", "piqa", "--benchmark-data", data, "--limit", 2),
+        *("--kept", tmp_path / "kept", "--questions", tmp_path / "none.jsonl"),
+    )
+    assert "none.jsonl" in refused(done)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_nobody_is_asked_for_an_answer_of_no_tokens(model: Path) -> None:
+    done = fedgraft("chat", model, "--max-new-tokens", 0)
+    assert done.exit_code == 2, done.output
+
+
 def test_benchmarks_and_texts_of_ones_own_make_one_scorecard(
     data: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -263,8 +263,21 @@ def test_a_place_that_is_taken_is_told_before_any_work(
 def test_a_scorecard_is_a_file_and_that_is_told_before_anything_is_scored(
     material: Path, tmp_path: Path
 ) -> None:
-    command = ("evaluate", material / "base", "--data", tmp_path / "none", "--out", tmp_path)
-    assert "expected a file for the scorecard, found a directory" in refused(fedgraft(*command))
+    command = ("evaluate", material / "base", "--data", tmp_path / "none", "--out")
+    said = refused(fedgraft(*command, tmp_path))
+    assert "expected a file for the scorecard, found a directory" in said
+    (tmp_path / "file").touch()
+    said = refused(fedgraft(*command, tmp_path / "file" / "card.json"))
+    assert "file: expected a directory to write, found a file; choose another" in said
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_study_file_that_is_no_text_is_refused_in_one_message(verb: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_bytes(b"name: caf\xe9\n")
+    out = ("--out", tmp_path / "out") if verb == "run" else ()
+    said = refused(fedgraft("study", verb, file, *out))
+    assert "study.yaml: expected" in said
 
 
 def test_a_known_error_is_one_message_on_stderr_and_exit_code_1(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.cli.test_main import fedgraft, refused
 from tests.report.example import example_result
-from tests.study.test_tables import card, lineage, scores
+from tests.study.test_tables import asked, card, lineage, scores
 
 
 def test_without_columns_it_names_the_averages_that_do_not_follow(tmp_path: Path) -> None:
@@ -28,6 +28,22 @@ def test_a_column_that_cannot_be_read_is_refused_in_one_message(tmp_path: Path) 
     done = fedgraft("study", "tables", "--column", "L3b=gone.json", "--out", tmp_path / "out")
     assert "gone.json: expected a scorecard, found No such file" in refused(done)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_tables_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    done = fedgraft("study", "tables", "--out", tmp_path / "out")
+    assert "out: expected a directory to write, found a file; choose another" in refused(done)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_what_was_asked_otherwise_is_said_at_the_end(tmp_path: Path) -> None:
+    few = card(scores()).model_copy(update={"benchmarks": {"piqa": asked(num_rows=40)}})
+    (tmp_path / "ours.json").write_text(few.model_dump_json(), encoding="utf-8")
+    column = f"L3b={tmp_path}/ours.json"
+    done = fedgraft("study", "tables", "--column", column, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "piqa: 40 of 100 questions (L3b); no difference is taken" in done.output
 
 
 def test_a_finished_study_is_a_table_with_its_figures(tmp_path: Path) -> None:

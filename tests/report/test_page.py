@@ -12,6 +12,7 @@ from tests.study.test_tables import card, scores
 
 from fedgraft.errors import ReportError
 from fedgraft.evaluation.gate import Decision, Finding, Reason
+from fedgraft.report import figures
 from fedgraft.report.page import render, write_report
 from fedgraft.report.words import count, duration, power, score_words
 from fedgraft.study.comparison import summarise
@@ -138,6 +139,20 @@ def test_a_folder_without_a_result_is_refused_with_the_remedy(tmp_path: Path) ->
     with pytest.raises(ReportError, match=r"result\.json, found nothing.*fedgraft study run"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(ReportError, match=r"result\.json: expected the result .* Is a directory"):
+        write_report(tmp_path)
+
+
+def test_a_sign_of_money_in_a_name_is_no_mathematics() -> None:
+    """Between two of them stands mathematics to matplotlib, and some of it is refused."""
+    names = (r"up to $5 or \fine$", "free")
+    series = [
+        figures.Series(name=name, colour=figures.BLUE, x=(1, 2), y=(1, 2), low=(1, 2), high=(1, 2))
+        for name in names
+    ]
+    plot = figures.curves(series, levels=[], x_label="tokens", y_label="cost, $")
+    assert {*names, "cost, $"} <= set(re.findall(r"<text[^>]*>([^<]*)<", plot))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A whole study, tiny and real: the arms are comparable, and nothing is done twice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import torch
 from tests.study.small import DEPARTMENTS, page, write_lines, write_material, write_study
 
 from fedgraft.errors import StudyError
-from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard
+from fedgraft.evaluation.scorecard import FOLLOWED, Scorecard, evaluate
 from fedgraft.provenance import RECORD, Record
 from fedgraft.report.page import render
+from fedgraft.study import arms
 from fedgraft.study.arms import run
 from fedgraft.study.material import Material
 from fedgraft.study.result import ARMS, Result
@@ -274,12 +276,31 @@ def test_a_department_with_too_little_text_is_refused_by_name(ran: Ran, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_metric_is_refused_with_those_there_are(ran: Ran, tmp_path: Path) -> None:
+def test_an_unknown_metric_is_refused_with_those_there_are_after_one_point(
+    ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scale = {"grid": [0.5, 1.0], "metric": "instructions/best"}
+    scored: list[str] = []
+
+    def counted(*given: Any, arm: str, **more: Any) -> Scorecard:
+        scored.append(arm)
+        return evaluate(*given, arm=arm, **more)
+
+    monkeypatch.setattr(arms, "evaluate", counted)
     with pytest.raises(
         StudyError, match=r"scale\.metric: .*prompt_strict.*found instructions/best"
     ):
         run_small(ran.material, tmp_path / "out", scale=scale, seeds=[1])
+    assert scored == ["graft at scale 0.5"]
+
+
+def test_a_gate_may_name_any_arm_of_the_seed(ran: Ran, tmp_path: Path) -> None:
+    rule = {"score": FOLLOWED, "bound": 0.5, "words": "follows as far as S1 does"}
+    gate = [rule | {"reference": arm} for arm in ("s1", "pretrained_base")]
+    out = shutil.copytree(ran.out, tmp_path / "out")
+    reasons = run_small(ran.material, out, gate=gate).result.decisions[0].reasons
+    assert len(reasons) == 2
+    assert not any("there are no scores" in reason.text for reason in reasons)
 
 
 RUNNER = """

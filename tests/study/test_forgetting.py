@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.evaluation.cards import card as card_of
-from tests.study.small import page, write_lines, write_material, write_study
+from tests.study.small import dialogues, page, write_lines, write_material, write_study
 
 from fedgraft.errors import StudyError
 from fedgraft.evaluation.scorecard import FOLLOWED
@@ -387,6 +387,19 @@ def test_a_curve_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(StudyError, match=message):
         load(material, tmp_path / "study.yaml", **changes)
+
+
+def test_a_curve_whose_dialogues_demand_nothing_is_refused_before_anything_is_done(
+    material: Path, tmp_path: Path
+) -> None:
+    asked = dialogues("test")
+    write_lines(tmp_path / "test.jsonl", [one | {"constraints": []} for one in asked])
+    parts = dict.fromkeys(("validation", "test"), str(tmp_path / "test.jsonl"))
+    with pytest.raises(
+        StudyError, match=r"dialogues\.test: expected some with constraints, .*none"
+    ):
+        run_small(material, tmp_path / "out", dialogues=parts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_domain_with_too_little_text_is_refused_by_name(material: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_it_equals_a_study_of_arms_that_makes_the_same_models(
 
 
 def test_a_graft_is_its_target_plus_the_scaled_residual(ran: Ran) -> None:
-    residual = Residual.open(ran.out / "residuals" / "instruct-base" / "residual")
+    residual = Residual.open(ran.out / "residuals" / "instruct, less base" / "residual")
     before, grafted = numbers(ran.model("newer")), numbers(ran.model("graft"))
     for name, tensor in grafted.items():
         assert np.array_equal(tensor, before[name] + residual.read(name)), name
@@ -167,7 +167,9 @@ def test_a_graft_that_nothing_is_made_of_is_scored_and_goes(ran: Ran) -> None:
 
 
 def test_a_residual_in_another_form_is_added_in_that_form(ran: Ran) -> None:
-    small_one = Residual.open(ran.out / "residuals" / "instruct-base, 1 bit a number" / "residual")
+    small_one = Residual.open(
+        ran.out / "residuals" / "instruct, less base, 1 bit a number" / "residual"
+    )
     assert small_one.form == "sign"
     record = Record.read(ran.out / "scores" / "signs-seed-1")
     assert record
@@ -180,7 +182,7 @@ def test_what_no_seed_changes_is_made_and_scored_once(ran: Ran) -> None:
     assert seeds["instruct"] == [None]
     assert seeds["newer"] == seeds["of taught"] == [1, 2]
     assert ran.model("taught", None).is_dir()
-    assert (ran.out / "residuals" / "taught-base").is_dir()
+    assert (ran.out / "residuals" / "taught, less base").is_dir()
     assert sum(title.split()[-1] == "taught" and "tune" in title for title in ran.said) == 1
 
 
@@ -207,9 +209,9 @@ def test_held_out_answers_are_scored_beside_those_that_were_tuned_on(ran: Ran) -
 
 def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
     titles = [line for line in ran.said if not line.startswith(" ")]
-    looked = titles.index("seed 1: inspect instruct-base on newer")
+    looked = titles.index("seed 1: inspect instruct, less base, on newer")
     assert looked < titles.index("score graft, seed 1")
-    residual = Residual.open(ran.out / "residuals" / "instruct-base" / "residual")
+    residual = Residual.open(ran.out / "residuals" / "instruct, less base" / "residual")
     study = ran.study
     found = inspect(residual, study.checkpoints["base"], newer_base=ran.model("newer"))
     told = next(one for one in ran.result.forecasts if (one.arm, one.seed) == ("graft", 1))
@@ -218,6 +220,26 @@ def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
     assert told.relative_norm == found.whole.relative_norm
     followed = [ran.scores(*arm)[SCORES].value for arm in (("graft", 1), ("instruct", None))]
     assert told.kept == (followed[0] / followed[1] if followed[1] else None)
+
+
+def test_residuals_of_names_with_dashes_stand_apart(material: Path, tmp_path: Path) -> None:
+    """`a-b` less `c`, and `a` less `b-c`, were one folder."""
+    changes = only(
+        "instruct",
+        "one",
+        "two",
+        **{
+            "c": NEWER,
+            "b-c": NEWER,
+            "a": {"from": "b-c", "pretrain": TRAINING},
+            "a-b": {"from": "c", "pretrain": TRAINING},
+            "one": {"from": "c", "graft": {"residual": ["c", "a-b"]}},
+            "two": {"from": "b-c", "graft": {"residual": ["b-c", "a"]}},
+        },
+    )
+    ran = run_small(material, tmp_path / "out", seeds=[1], **changes)
+    places = sorted(place.name for place in (ran.out / "seed-1" / "residuals").iterdir())
+    assert places == ["a, less b-c", "a-b, less c"]
 
 
 def test_forecasts_are_made_of_plain_grafts_alone(ran: Ran) -> None:
@@ -537,7 +559,7 @@ def test_the_papers_benchmarks_are_asked_of_every_arm_and_kept(
         "piqa": 3,
         "winogrande": 3,
     }
-    kept = list((tmp_path / "out" / "benchmarks").glob("**/*.json"))
+    kept = list((tmp_path / "out" / "benchmarks").glob("*/*.json"))
     assert len(kept) == 4
     again = run_small(material, tmp_path / "out", **changes)
     assert again.stages_done == []

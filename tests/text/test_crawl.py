@@ -292,6 +292,13 @@ def test_a_file_of_something_else_is_not_written_into(site: Site, tmp_path: Path
 OURS = '{"id": "http://a/1", "url": "http://a/1", "text": "one"}\n'
 
 
+def test_a_folder_in_the_place_of_the_file_is_told(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(CorpusError, match=r"a\.jsonl: expected a file to add .* found a directory"):
+        fetch(site, tmp_path / "a.jsonl")
+    assert site.asked == []
+
+
 @pytest.mark.parametrize("name", ["notes.csv", "old.jsonl.gz", "news"])
 def test_a_file_of_another_kind_is_refused_before_it_is_touched(
     site: Site, tmp_path: Path, name: str

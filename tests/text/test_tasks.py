@@ -116,6 +116,12 @@ def test_a_task_that_cannot_be_read_is_named_with_its_fault(tmp_path: Path) -> N
     file.write_bytes(b'{"Definition": "\xff"}')
     with pytest.raises(DialogueError, match=r"task1_mill\.json: expected UTF-8, found byte 0xff"):
         load_tasks(tmp_path, ["task1_mill"])
+    for text in ('{"Definition": ' + "9" * 5000 + "}", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(
+            DialogueError, match=r"task1_mill\.json.* expected a task as JSON, foun"
+        ):
+            load_tasks(tmp_path, ["task1_mill"])
     write(file, {"Definition": [], "Instances": [instance(1, "Here")]})
     with pytest.raises(DialogueError, match="expected a task with Definition and Instances"):
         load_tasks(tmp_path, ["task1_mill"])

@@ -1,5 +1,6 @@
 """What is read is what the reference library wrote; what is damaged is refused with its place."""
 
+import builtins
 import importlib
 import json
 import os
@@ -288,7 +289,11 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
 
 
 @pytest.mark.parametrize(
-    "fault", ["ConnectionError", "ProxyError", "ConnectError", "RemoteProtocolError", "ReadTimeout"]
+    "fault",
+    [
+        *("ConnectionError", "ProxyError", "ConnectError", "RemoteProtocolError", "ReadTimeout"),
+        *("XetDownloadError", "RevisionResolutionError"),
+    ],
 )
 def test_a_hub_that_cannot_be_reached_is_one_clear_message(
     monkeypatch: pytest.MonkeyPatch, fault: str
@@ -296,7 +301,10 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_message(
     client = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.split(".")[0])
 
     def fetch(*_: Any, **__: Any) -> str:
-        raise ConnectionError if fault == "ConnectionError" else getattr(client, fault)("broken")
+        for place in (builtins, huggingface_hub.errors, client):
+            if hasattr(place, fault):
+                raise getattr(place, fault)("broken")
+        raise AssertionError(f"nobody has {fault}")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match=rf"organisation/name.*\({fault}\); check"):

@@ -87,16 +87,36 @@ def evaluate(
     from fedgraft.evaluation.scorecard import evaluate as score
     from fedgraft.evaluation.scorecard import together
     from fedgraft.models import open_tokenizer
+    from fedgraft.provenance import told_if_unwritable
     from fedgraft.text.dialogues import load_dialogues
     from fedgraft.weights.checkpoint import resolve
 
-    cards = []
-    if out and out.is_dir():
-        raise EvaluationError(
-            f"{out}: expected a file for the scorecard, found a directory; name one in it, such as "
-            f"{out / 'scorecard.json'}"
+    of_benchmarks = {
+        "--benchmark-data": benchmark_data,
+        "--limit": limit,
+        "--chat-template": chat_template,
+        "--fit": fit,
+        "--precision": precision != "float32",
+        "--backend": backend != "transformers",
+        "--batch-size": batch_size,
+    }
+    told = [option for option, value in of_benchmarks.items() if value]
+    if told and not (suite or task):
+        raise typer.BadParameter(
+            f"{told[0]} is for benchmarks, found none; name --suite paper or --task NAME too"
         )
+    if not (suite or task or data or dialogues or questions):
+        raise EvaluationError(
+            "expected something to score the model on, found nothing; name at least one of --data, "
+            "--dialogues, --questions, --suite"
+        )
+    if out:
+        _check_file(out)
+    documents = _by_department(data or [])
+    asked = load_dialogues(dialogues) if dialogues else ()
+    facts = load_questions(questions) if questions else ()
     path = resolve(model)
+    cards = []
     if suite or task:
         settings = BenchmarkSettings(
             data=benchmark_data,
@@ -108,21 +128,16 @@ def evaluate(
             batch_size=batch_size,
         )
         cards.append(_benchmarks(path, adapter, model, task or [], settings, kept))
-    if data or dialogues or questions:
+    if documents or asked or facts:
         card = score(
             _open(path, adapter),
             open_tokenizer(path),
             arm=model,
-            documents=_by_department(data or []),
-            dialogues=load_dialogues(dialogues) if dialogues else (),
-            questions=load_questions(questions) if questions else (),
+            documents=documents,
+            dialogues=asked,
+            questions=facts,
         )
         cards.append(card)
-    if not cards:
-        raise EvaluationError(
-            "expected something to score the model on, found nothing; name at least one of --data, "
-            "--dialogues, --questions, --suite"
-        )
     scorecard = together(*cards)
     rows = (
         (name, f"{score.value:.4g} ± {score.stderr:.2g}", score.unit, f"{score.num:,}")
@@ -130,13 +145,26 @@ def evaluate(
         if not (name.startswith("benchmark/") and name.count("/") > 2)  # one subject of many
     )
     show_table(("score", "value ± std. error", "unit", "over"), rows)
-    for name, asked in scorecard.benchmarks.items():
-        if asked.shortcomings:
-            say("", f"{name}: {asked.shortcomings}")
+    for name, how in scorecard.benchmarks.items():
+        if how.shortcomings:
+            say("", f"{name}: {how.shortcomings}")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(scorecard.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        with told_if_unwritable(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(scorecard.model_dump_json(indent=2) + "\n", encoding="utf-8")
         finish("scorecard", out)
+
+
+def _check_file(out: Path) -> None:
+    """Ask before long work whether a file may be written there."""
+    from fedgraft.provenance import check_directory
+
+    if out.is_dir():
+        raise EvaluationError(
+            f"{out}: expected a file for the scorecard, found a directory; name one in it, such as "
+            f"{out / 'scorecard.json'}"
+        )
+    check_directory(out.parent)
 
 
 def _benchmarks(
@@ -182,7 +210,7 @@ def _by_department(data: list[str]) -> "dict[str, tuple[Document, ...]]":
 def chat(
     model: Model,
     adapter: Adapter = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     prompt: Annotated[
         Literal["chat", "alpaca"],
         typer.Option("--prompt", help="Form of dialogues: the model's template, or Alpaca's."),

@@ -26,7 +26,10 @@ def places_of(study: Path, out: Path, *, dry: bool = False) -> dict[str, Path]:
     Raises StudyError where the file reads `data:` and there is no such folder, but not in a dry
     run.
     """
-    text = study.read_text(encoding="utf-8") if study.is_file() else ""
+    try:
+        text = study.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""  # who reads the file tells why
     makers = {
         "pocket": _pocket,
         "company": lambda: _company(out),

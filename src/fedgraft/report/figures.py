@@ -54,6 +54,7 @@ STYLE = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
+    "text.parse_math": False,
     "legend.fontsize": 9,
 }
 

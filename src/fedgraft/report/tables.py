@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fedgraft.provenance import check_directory, told_if_unwritable
 from fedgraft.report import figures
 from fedgraft.report.figures import Series
 from fedgraft.report.template import fill
@@ -69,8 +70,12 @@ def write_tables(
 
     Args:
         flops: Of our columns, where it is known; for figure 2.
+
+    Raises ArtefactError where `out` is a file, or cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    check_directory(out)
+    with told_if_unwritable(out):
+        out.mkdir(parents=True, exist_ok=True)
     tables = (
         {one: paper(one) for one in NAMES} if ours is None else {name: beside(ours, paper(name))}
     )

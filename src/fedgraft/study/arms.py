@@ -96,6 +96,7 @@ class _Arms(Federating):
                 federations.append(together)
             adapters += self._adapters(seed, grafted, cards["graft"][-1])
             references = {arm: cards[arm][0] for arm in ("base", "instruct")}
+            references |= {arm: cards[arm][-1] for arm in ("s1", "pretrained_base")}
             decisions.append(decide(cards["graft"][-1], references, study.gate))
         summary = summarise(card for found in cards.values() for card in found)
         comparisons = compare(cards)
@@ -171,19 +172,16 @@ class _Arms(Federating):
         )
 
         def make(folder: Path) -> None:
-            points = [
-                ScalePoint(
-                    scale=scale,
-                    scores=self._score_scale(
-                        pretrained, scale, merging, asked, seed, folder / "graft"
-                    ),
+            points = []
+            for scale in sorted(search.grid):
+                scores = self._score_scale(
+                    pretrained, scale, merging, asked, seed, folder / "graft"
                 )
-                for scale in sorted(search.grid)
-            ]
-            if len(points) > 1 and any(metric not in point.scores for point in points):
-                raise StudyError(
-                    f"scale.metric: expected one of {', '.join(points[0].scores)}, found {metric}"
-                )
+                if scores and metric not in scores:
+                    raise StudyError(
+                        f"scale.metric: expected one of {', '.join(scores)}, found {metric}"
+                    )
+                points.append(ScalePoint(scale=scale, scores=scores))
             best = max(points, key=lambda p: (p.scores.get(metric, 0.0), -abs(p.scale - 1)))
             curve = ScaleCurve(seed=seed, metric=metric, points=tuple(points), chosen=best.scale)
             (folder / "curve.json").write_text(curve.model_dump_json(indent=1), encoding="utf-8")

@@ -69,13 +69,18 @@ class _Forgetting(Run):
     def everything(self) -> None:
         study, curve = self.study, self.study.curve
         assert curve
-        estimates = estimate(self.study, self.out, say=self.say)
-        self.extract()
         self.dialogues = at_equal_distances(
             self.material.test_dialogues, study.evaluation.max_dialogues
         )
         held_out = [d for part in self.material.splits.values() for d in part.test]
         self.held_out = first_by_hash(held_out, study.evaluation.max_documents)
+        if not any(dialogue.constraints for dialogue in self.dialogues):
+            raise StudyError(
+                f"{study.name}, dialogues.test: expected some with constraints, of which the curve "
+                f"is drawn, found none among the {len(self.dialogues)} that are asked; name others"
+            )
+        estimates = estimate(self.study, self.out, say=self.say)
+        self.extract()
         references = {
             arm: self._score(arm, None, model, Path("scores", arm), self.held_out, f"score {arm}")
             for arm, model in (("base", self.base), ("instruct", self.instruct))

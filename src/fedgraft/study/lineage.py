@@ -392,7 +392,9 @@ class _Lineages(Stages):
     def _residual(self, added: Addition, seed: int, *, in_form: bool = True) -> Residual:
         first, second = added.residual
         own = seed if any(map(self.study.is_seeded, added.residual)) else None
-        place = Path("residuals" if own is None else f"seed-{seed}/residuals", f"{second}-{first}")
+        place = Path(
+            "residuals" if own is None else f"seed-{seed}/residuals", f"{second}, less {first}"
+        )
         key = first, second, own
         if key not in self.residuals:
             self.residuals[key] = self._extract(added, seed, place, own)
@@ -442,7 +444,7 @@ class _Lineages(Stages):
             (folder / INSPECTION).write_text(found.model_dump_json(indent=1), encoding="utf-8")
 
         own = self._own(model_of(arm), seed)
-        name = f"{added.residual[1]}-{added.residual[0]} on {recipe.parent}"
+        name = f"{added.residual[1]}, less {added.residual[0]}, on {recipe.parent}"
         place = Path("inspections" if own is None else f"seed-{seed}/inspections", name)
         if place not in (known := self.inspected):
             record = run_stage(

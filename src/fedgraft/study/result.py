@@ -658,6 +658,11 @@ def _read(directory: Path, validate: Callable[[bytes], _Kind]) -> _Kind:
             f"expected the result of a study at {file}, found nothing there; run "
             "`fedgraft study run FILE --out DIR` first and name its DIR"
         ) from error
+    except OSError as error:
+        raise ReportError(
+            f"{file}: expected the result of a study, found {error.strerror}; name the --out of "
+            "another, or run the study again"
+        ) from error
     except ValidationError as error:
         raise ReportError(
             f"{file}: expected a result of format 1, found {error.error_count()} faults, the "

@@ -123,6 +123,11 @@ def crawl(
             f"expected a .jsonl file to add articles to, found {out}; choose another --out, such "
             f"as {out.with_name('news.jsonl')}"
         )
+    if out.is_dir():
+        raise CorpusError(
+            f"{out}: expected a file to add articles to, found a directory; name one in it, such "
+            f"as {out / 'news.jsonl'}"
+        )
     result = Crawled()
     with told_if_unwritable(out, left="what was written before is whole"):
         out.parent.mkdir(parents=True, exist_ok=True)

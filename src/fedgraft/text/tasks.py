@@ -221,6 +221,10 @@ def _load_task(file: Path) -> _Task:
             f"{file}, line {error.lineno}: expected a task as JSON, found {error.msg} at column "
             f"{error.colno}; fetch the file again"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond all bounds
+        raise DialogueError(
+            f"{file}: expected a task as JSON, found {error}; fetch the file again"
+        ) from error
     try:
         return _Task.model_validate(raw)
     except ValidationError as invalid:

@@ -299,12 +299,20 @@ def resolve(source: str | Path) -> Path:
             "model of the hub as organisation/name[@revision]"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # the latter is its client's
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # its client's
+        RevisionResolutionError,
+        XetDownloadError,
+    )
 
     patterns = ["model*.safetensors*", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (
+        *(HTTPError, HFValidationError, OSError),
+        *(RevisionResolutionError, XetDownloadError),
+    ) as error:
         raise CheckpointError(
             f"{source}: there is no such directory, and fetching it from the hub failed "
             f"({type(error).__name__}); check the name, the network and, for a gated model, that "
