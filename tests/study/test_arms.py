@@ -49,10 +49,11 @@ class Ran:
         return [title for title in titles if not title.endswith(": done already")]
 
 
-def run_small(material: Path, out: Path, **changes: Any) -> Ran:
+def run_small(material: Path, out: Path, *, num_processes: int = 1, **changes: Any) -> Ran:
     study = Study.load(write_study(out.with_suffix(".yaml"), **changes), {"place": material})
     said: list[str] = []
-    return Ran(material=material, out=out, result=run(study, out, say=said.append), said=said)
+    result = run(study, out, say=said.append, num_processes=num_processes)
+    return Ran(material=material, out=out, result=result, said=said)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -301,6 +302,28 @@ def test_a_gate_may_name_any_arm_of_the_seed(ran: Ran, tmp_path: Path) -> None:
     reasons = run_small(ran.material, out, gate=gate).result.decisions[0].reasons
     assert len(reasons) == 2
     assert not any("there are no scores" in reason.text for reason in reasons)
+
+
+@pytest.mark.slow
+def test_a_study_in_two_processes_finds_what_one_finds_and_goes_on_in_one(
+    ran: Ran, tmp_path: Path
+) -> None:
+    two = run_small(ran.material, tmp_path / "out", num_processes=2, seeds=[1])
+    for arm in ("s1", "pretrained_base"):
+        ours, theirs = trained(ran, arm, 1), trained(two, arm, 1)
+        assert theirs.inputs["rows"] == ours.inputs["rows"]
+        assert theirs.settings == ours.settings
+        assert theirs.figures["num_tokens"] == ours.figures["num_tokens"]
+        for (step, loss), (other, told) in zip(
+            ours.figures["losses"], theirs.figures["losses"], strict=True
+        ):
+            assert (step, loss) == (other, pytest.approx(told, abs=2e-4))
+    for arm in ARMS:
+        (found,) = cards(two.result)[arm]
+        for name, score in cards(ran.result)[arm][0].scores.items():
+            if "nats" in score.unit:
+                assert found.value(name) == pytest.approx(score.value, abs=1e-3)
+    assert run_small(ran.material, tmp_path / "out", seeds=[1]).stages_done == []
 
 
 RUNNER = """

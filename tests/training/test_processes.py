@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedgraft.errors import CorpusError, TrainingError
 from fedgraft.provenance import Record
 from fedgraft.testing import TEXT, save_tiny
+from fedgraft.training.processes import run_together
 
 ARGUMENTS = [
     *("--tokens", "6000", "--row-length", "64", "--batch-tokens", "512", "--schedule", "constant"),
@@ -158,6 +161,31 @@ def test_a_lost_worker_ends_the_run_and_loses_at_most_the_steps_since_the_last_c
     assert not (place / "lost").exists()
     finish(start(place, "lost", "--shard"))
     assert_alike(alone, place / "lost")
+
+
+def complain() -> None:
+    if os.environ["RANK"] == "1":
+        raise CorpusError(f"found {os.environ['WORLD_SIZE']} of us")
+
+
+def vanish() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "error", "words"),
+    [
+        (complain, CorpusError, "^found 2 of us$"),
+        (vanish, TrainingError, "process 1 ended: .*SIGKILL; run the same command again"),
+    ],
+)
+def test_what_ends_one_of_the_processes_of_a_study_is_told_in_the_study(
+    work: Callable[[], None], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        run_together(2, work)
 
 
 def test_rows_that_do_not_share_out_are_refused(place: Path) -> None:

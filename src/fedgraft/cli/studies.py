@@ -34,6 +34,10 @@ def quickstart(out: Out = Path("runs/quickstart")) -> None:
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A study file (YAML).")],
     out: Out,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="Devices that train each model together (FSDP)."),
+    ] = 1,
 ) -> None:
     """Run a study; stages that are finished are not run again.
 
@@ -41,7 +45,7 @@ def run(
     (the fictional company, written to OUT/company) or data: (the folder that
     FEDGRAFT_DATA names).
     """
-    _run(file, out)
+    _run(file, out, processes)
 
 
 def plan(
@@ -144,12 +148,14 @@ def report(
     finish("report", write_report(folder), steps=["open it in a browser; it needs no network"])
 
 
-def _run(file: Path, out: Path) -> None:
+def _run(file: Path, out: Path, processes: int = 1) -> None:
     from fedgraft.report.page import write_report
     from fedgraft.study import kinds
 
     study = kinds.load(file, places_of(file, out))
-    result = kinds.run(study, out, say=lambda line: typer.echo(line, err=True))
+    result = kinds.run(
+        study, out, say=lambda line: typer.echo(line, err=True), num_processes=processes
+    )
     page = write_report(out)
     typer.echo(f"\n{result.verdict}\n")
     model = out / f"seed-{study.seeds[0]}" / "graft" / "model"

@@ -46,7 +46,7 @@ from fedgraft.text.packing import Rows
 from fedgraft.training.adapter import open_adapted, train_adapter
 
 
-def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Result:
+def run(study: Study, out: Path, *, say: Say = lambda _: None, num_processes: int = 1) -> Result:
     """Make and score every arm for every seed, and write `result.json` into `out`.
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
@@ -60,7 +60,7 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Result:
             f"{study.name}: expected a study of arms, found one with `{key}`; run it with "
             f"fedgraft.study.{study.kind}.run"
         )
-    _Arms(study, out, say).everything()
+    _Arms(study, out, say, num_processes).everything()
     return Result.load(out)
 
 
@@ -69,7 +69,7 @@ class _Arms(Federating):
 
     def everything(self) -> None:
         study = self.study
-        estimates = estimate(self.study, self.out, say=self.say)
+        estimates = estimate(self.study, self.out, say=self.say, num_processes=self.num_processes)
         self.extract()
         cards = {
             "base": [self._score("base", None, self.base)],

@@ -50,7 +50,9 @@ Values = dict[str, dict[int, dict[str, dict[str, float]]]]
 """Arm -> seed -> department -> score -> value."""
 
 
-def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Departments:
+def run(
+    study: Study, out: Path, *, say: Say = lambda _: None, num_processes: int = 1
+) -> Departments:
     """Make and score every arm for every seed, and write `result.json` into `out`.
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
@@ -62,7 +64,7 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Departments:
             f"{study.name}: expected a study of departments (`federation` with `rules`), found one "
             f"of {study.kind}; run it with fedgraft.study.{study.kind}.run"
         )
-    _Departments(study, out, say).everything()
+    _Departments(study, out, say, num_processes).everything()
     return Departments.load(out)
 
 
@@ -75,7 +77,7 @@ class _Departments(Federating):
         shares = {
             seed: shared_out(self.material.splits, part.partition, seed) for seed in study.seeds
         }
-        estimates = estimate(self.study, self.out, say=self.say)
+        estimates = estimate(self.study, self.out, say=self.say, num_processes=self.num_processes)
         self.extract()
         scored: list[Scored] = []
         federations: list[Together] = []

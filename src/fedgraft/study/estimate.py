@@ -15,7 +15,9 @@ from fedgraft.study.study import Study
 FILE = "machine.json"
 
 
-def estimate(study: Study | LineageStudy, out: Path, *, say: Say) -> tuple[Estimate, ...]:
+def estimate(
+    study: Study | LineageStudy, out: Path, *, say: Say, num_processes: int = 1
+) -> tuple[Estimate, ...]:
     """The estimates of a study's plan, by kind of work.
 
     The machine is measured once, as a stage of its own; a study that goes on later, or elsewhere,
@@ -31,7 +33,7 @@ def estimate(study: Study | LineageStudy, out: Path, *, say: Say) -> tuple[Estim
     run_stage(folder, title="measure the machine", inputs={}, settings={}, make=make, say=say)
     machine = Machine(**json.loads((folder / FILE).read_text(encoding="utf-8")))
     try:
-        return plan(study, machine).estimates
+        return plan(study, machine, num_processes=num_processes).estimates
     except StudyError as error:
         say(f"    no estimate of the time: {error}")
         return ()

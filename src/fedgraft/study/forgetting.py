@@ -47,7 +47,9 @@ RECALL = ("knowledge/recall/old", "knowledge/recall/new")
 SCALE = 1.0
 
 
-def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
+def run(
+    study: Study, out: Path, *, say: Say = lambda _: None, num_processes: int = 1
+) -> Forgetting:
     """Train and score every point of a study's curve, and write `result.json` into `out`.
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
@@ -59,7 +61,7 @@ def run(study: Study, out: Path, *, say: Say = lambda _: None) -> Forgetting:
             f"{study.name}: expected a study with `curve`, found one of {study.kind}; run it with "
             f"fedgraft.study.{study.kind}.run"
         )
-    _Forgetting(study, out, say).everything()
+    _Forgetting(study, out, say, num_processes).everything()
     return Forgetting.load(out)
 
 
@@ -79,7 +81,7 @@ class _Forgetting(Run):
                 f"{study.name}, dialogues.test: expected some with constraints, of which the curve "
                 f"is drawn, found none among the {len(self.dialogues)} that are asked; name others"
             )
-        estimates = estimate(self.study, self.out, say=self.say)
+        estimates = estimate(self.study, self.out, say=self.say, num_processes=self.num_processes)
         self.extract()
         references = {
             arm: self._score(arm, None, model, Path("scores", arm), self.held_out, f"score {arm}")

@@ -37,20 +37,25 @@ def load(file: str | Path, places: Mapping[str, Path], *, dry: bool = False) -> 
 
 
 def run(
-    study: AnyStudy, out: Path, *, say: Say = lambda _: None
+    study: AnyStudy, out: Path, *, say: Say = lambda _: None, num_processes: int = 1
 ) -> Result | Forgetting | Departments | Selections | Lineages:
-    """Run a study of any kind; see the head of this file."""
+    """Run a study of any kind; see the head of this file.
+
+    Args:
+        num_processes: Of this machine, one a device, which train each model together; everything
+            else is done in this process.
+    """
     if isinstance(study, LineageStudy):
-        return lineage.run(study, out, say=say)
+        return lineage.run(study, out, say=say, num_processes=num_processes)
     if isinstance(study, SelectionStudy):
-        return selection.run(study, out, say=say)
+        return selection.run(study, out, say=say, num_processes=num_processes)
     match study.kind:
         case "forgetting":
-            return forgetting.run(study, out, say=say)
+            return forgetting.run(study, out, say=say, num_processes=num_processes)
         case "departments":
-            return departments.run(study, out, say=say)
+            return departments.run(study, out, say=say, num_processes=num_processes)
         case "arms":
-            return arms.run(study, out, say=say)
+            return arms.run(study, out, say=say, num_processes=num_processes)
 
 
 def plan(

@@ -82,7 +82,9 @@ TUNED_ON = ", tuned on"
 """Behind the name of examples: those that models were tuned on, not those held out."""
 
 
-def run(study: LineageStudy, out: Path, *, say: Say = lambda _: None) -> Lineages:
+def run(
+    study: LineageStudy, out: Path, *, say: Say = lambda _: None, num_processes: int = 1
+) -> Lineages:
     """Make every model and score every arm for every seed, and write `result.json` into `out`.
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
@@ -90,7 +92,7 @@ def run(study: LineageStudy, out: Path, *, say: Say = lambda _: None) -> Lineage
     Raises StudyError for models whose tokens have other ids, for examples of which none is left,
     and as stages do.
     """
-    _Lineages(study, out, say).everything()
+    _Lineages(study, out, say, num_processes).everything()
     return Lineages.load(out)
 
 
@@ -125,8 +127,8 @@ def parted(
 class _Lineages(Stages):
     """One run of a study of lineages."""
 
-    def __init__(self, study: LineageStudy, out: Path, say: Say) -> None:
-        super().__init__(out, say)
+    def __init__(self, study: LineageStudy, out: Path, say: Say, num_processes: int) -> None:
+        super().__init__(out, say, num_processes)
         self.study = study
         self.opened = {name: Checkpoint.open(path) for name, path in study.checkpoints.items()}
         speaker = self.opened[study.speaker]
@@ -143,7 +145,7 @@ class _Lineages(Stages):
 
     def everything(self) -> None:
         study = self.study
-        estimates = estimate(self.study, self.out, say=self.say)
+        estimates = estimate(self.study, self.out, say=self.say, num_processes=self.num_processes)
         cards: dict[str, list[Scorecard]] = {arm: [] for arm in study.arms}
         inspections: dict[tuple[str, int | None], Inspection] = {}
         for seed in study.seeds:

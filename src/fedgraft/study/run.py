@@ -27,6 +27,7 @@ from fedgraft.text.corpus import Document
 from fedgraft.text.dialogues import Dialogue
 from fedgraft.text.packing import Rows, pack
 from fedgraft.training.pretrain import continue_pretraining
+from fedgraft.training.processes import run_together
 from fedgraft.training.settings import PretrainSettings
 from fedgraft.weights.compression import compress
 from fedgraft.weights.family import Family
@@ -43,8 +44,8 @@ PLAINLY = Merging()
 class Stages:
     """What stages have cost so far, and the stages themselves, whatever model they are about."""
 
-    def __init__(self, out: Path, say: Say) -> None:
-        self.out, self.say = out, say
+    def __init__(self, out: Path, say: Say, num_processes: int = 1) -> None:
+        self.out, self.say, self.num_processes = out, say, num_processes
         self.hashes: dict[Path, str] = {}
         """Of checkpoints that no stage made, see `study.stage.model_hash`."""
         self.costs: list[StageCost] = []
@@ -69,6 +70,9 @@ class Stages:
     ) -> Path:
         """Train a model on rows, which are packed when they are needed; where it then stands.
 
+        Several processes share the rows of each step, and where all parameters are trained those
+        too, with gradients and optimizer state (FSDP2).
+
         Args:
             settings: Their seed is derived from the study's.
             place: Of the stage, below the output of the study.
@@ -79,7 +83,8 @@ class Stages:
         settings = settings.model_copy(update={"seed": derive_seed(seed, "pretrain")})
 
         def make(folder: Path) -> dict[str, Any]:
-            continue_pretraining(
+            reads_on = partial(
+                continue_pretraining,
                 model,
                 rows(),
                 folder / "model",
@@ -88,7 +93,12 @@ class Stages:
                 replay_share=replay_share if replay else 0.0,
                 overwrite=True,
                 label=stage,
+                sharded=self.num_processes > 1 and settings.lora is None,
             )
+            if self.num_processes > 1:
+                run_together(self.num_processes, reads_on)
+            else:
+                reads_on()
             if tokenizer:
                 tokenizer.save_pretrained(folder / "model")
             record = Record.read(folder / "model")
@@ -229,8 +239,8 @@ class Stages:
 class Run(Stages):
     """The family, the tokenizer and the material of a study."""
 
-    def __init__(self, study: Study, out: Path, say: Say) -> None:
-        super().__init__(out, say)
+    def __init__(self, study: Study, out: Path, say: Say, num_processes: int = 1) -> None:
+        super().__init__(out, say, num_processes)
         self.study = study
         self.family = Family.open(study.family.base, study.family.instruct)
         self.base, self.instruct = self.family.base.path, self.family.instruct.path

@@ -279,25 +279,27 @@ def first_by_hash(dialogues: Sequence[Dialogue], limit: int | None) -> list[Dial
     return sorted(dialogues, key=lambda one: hash_json(one.model_dump(mode="json")))[:limit]
 
 
-def run(study: SelectionStudy, out: Path, *, say: Say = lambda _: None) -> Selections:
+def run(
+    study: SelectionStudy, out: Path, *, say: Say = lambda _: None, num_processes: int = 1
+) -> Selections:
     """Run and score every arm for every seed, and write `result.json` into `out`.
 
     Finished stages are kept: after an interruption, or with more seeds, the same call goes on.
 
     Raises StudyError for examples that cannot be shared out, and as stages do.
     """
-    _Run(study, out, say).everything()
+    _Run(study, out, say, num_processes).everything()
     return Selections.load(out)
 
 
 class _Run:
-    def __init__(self, study: SelectionStudy, out: Path, say: Say) -> None:
+    def __init__(self, study: SelectionStudy, out: Path, say: Say, num_processes: int) -> None:
         self.study, self.out, self.say = study, out, say
         self.train, self.everything_to_test = load_source(study.train), load_source(study.test)
         self.test: list[Dialogue] = []
         self.num_left_out = self.num_not_asked = 0
         self.costs: list[StageCost] = []
-        self.model_run = Run(study.as_arms(), out, say) if study.graft else None
+        self.model_run = Run(study.as_arms(), out, say, num_processes) if study.graft else None
 
     def everything(self) -> None:
         study = self.study
