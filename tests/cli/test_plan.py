@@ -35,7 +35,7 @@ def test_a_plan_names_parameters_steps_memory_time_and_what_is_not_there(
         "FLOPs, 6 N T (the paper)",
         "4.82e+19",
         "10.0 hours of training",
-        "../runs/news yet",
+        "../runs/news/train.jsonl",
         "make text with `fedgraft corpus`",
     ):
         assert words in done.output

@@ -21,6 +21,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sizes": {"hr-1": {"rank": 2}}}, "fedavg needs adapters of one size; take flora or flexlora"),
     ({"rule": "flora", "optimiser": OPTIMISER}, "fedadam steps from the last factors, which flora"),
     ({"rule": "fedex", "robust": {"name": "median"}}, "median is a rule of its own for A and B"),
+    ({"robust": {"name": "krum", "num_hostile": 2}}, "krum needs 7 answers to tell 2 hostile ones"),
+    ({"robust": {"name": "trimmed_mean", "num_hostile": 9}}, "clients; lower num_hostile, or take"),
     ({"num_rounds": 0}, "greater than 0"),
     ({"quorum": 1.5}, "less than or equal to 1"),
     ({"sampled": 0}, "greater than 0"),

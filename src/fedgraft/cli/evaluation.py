@@ -36,6 +36,9 @@ def evaluate(
     questions: Annotated[
         Path | None, typer.Option("--questions", help="JSONL of knowledge questions.")
     ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer to a dialogue, in tokens.")
+    ] = 64,
     suite: Annotated[
         Literal["paper"] | None,
         typer.Option("--suite", help="paper: its nine benchmarks, by lm-evaluation-harness."),
@@ -136,6 +139,7 @@ def evaluate(
             documents=documents,
             dialogues=asked,
             questions=facts,
+            max_new_tokens=max_new_tokens,
         )
         cards.append(card)
     scorecard = together(*cards)

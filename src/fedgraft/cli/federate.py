@@ -129,6 +129,7 @@ def _over_flower(plan: "FederationFile", out: Path, superlink: str) -> Any:
     """Start the rounds on a SuperLink, wait for their end, and read what they left."""
     from fedgraft.errors import FederationError
     from fedgraft.study.federation import finished
+    from fedgraft.weights.checkpoint import resolve
 
     try:
         from fedgraft.federation import flower
@@ -142,7 +143,7 @@ def _over_flower(plan: "FederationFile", out: Path, superlink: str) -> Any:
     written = out / "plan.json"
     written.write_text(plan.plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
     started = time.monotonic()
-    number = flower.submit(written, Path(plan.model), out, superlink=superlink)
+    number = flower.submit(written, resolve(plan.model), out, superlink=superlink)
     say("run", str(number), bold=True)
     while (status := flower.status(number, superlink=superlink)).startswith(
         ("pending", "starting", "running")

@@ -116,9 +116,23 @@ class Plan(Settings):
                 f"robust: {self.robust.name} is a rule of its own for A and B; leave `rule` as "
                 "fedavg"
             )
+        self._check_robust()
         self._check_privacy()
         self._check_mixing()
         return self
+
+    def _check_robust(self) -> None:
+        """Refuse what could never move an adapter: a group too small for the rule."""
+        if self.robust is None or self.robust.name not in ("krum", "trimmed_mean"):
+            return
+        needed = 2 * self.robust.num_hostile + (3 if self.robust.name == "krum" else 1)
+        for group, names in self.groups.items():
+            if len(names) < needed:
+                raise ValueError(
+                    f"robust: {self.robust.name} needs {needed} answers to tell "
+                    f"{self.robust.num_hostile} hostile ones, and {group} has {len(names)} "
+                    "clients; lower num_hostile, or take clipping"
+                )
 
     def _check_privacy(self) -> None:
         if self.privacy is None:

@@ -95,8 +95,8 @@ RIM = 1e-3
 class Selection(BaseModel):
     """How a federation chooses its coreset, as a federation file says it; see the head of the file.
 
-    What is left out is what found topics best (benchmarks/alignment.py), not what the paper has:
-    clusters of clients of some hundred examples are small.
+    What is left out is what found topics best (benchmarks/alignment.py) of what drops examples that
+    lie alone, not what the paper has: clusters of clients of some hundred examples are small.
 
     Raises SelectionError for a number out of its range, and for a setting that the method, or
     another setting, has no use for.
