@@ -58,6 +58,11 @@ def test_settings_that_change_no_tensor_may_differ(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
         ({"hidden_act": "relu"}, {"hidden_act": "silu", "hidden_activation": "relu"}),
         ({"rope_parameters": None}, {"rope_theta": None, "rms_norm_eps": None}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        ),
+        ({"rotary_pct": 0.25, "rotary_emb_base": 1e4}, {"partial_rotary_factor": 0.25}),
     ],
 )
 def test_settings_that_are_spelled_otherwise_or_left_out_may_differ(
@@ -70,7 +75,10 @@ def test_settings_that_are_spelled_otherwise_or_left_out_may_differ(
     assert Family.open(*reversed(folders))
 
 
-UNDER: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+UNDER: dict[str, Any] = {
+    **{"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "n_head": 4},
+    **{"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +91,14 @@ UNDER: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_ac
         ),
         ({"rms_norm_eps": 0.1}, "rms_norm_eps is 1e-06 and 0.1"),
         ({"hidden_act": "relu"}, "hidden_act is silu and relu"),
+        ({"hidden_act": None, "activation_function": "relu"}, "hidden_act is silu and relu"),
+        ({"n_head": 8}, "n_head is 4 and 8"),
+        ({"partial_rotary_factor": 1.0}, "partial_rotary_factor is 0.5 and 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type is linear and yarn",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope factor is 2.0 and 4.0"),
     ],
 )
 def test_settings_under_which_the_weights_were_trained_must_be_the_same(

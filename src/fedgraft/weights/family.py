@@ -23,10 +23,15 @@ SIZES = (
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "num_kv_heads",
 )
-"""Sizes in a config. The heads matter: no tensor's shape tells 4 heads of 16 from 8 heads of 8."""
+"""Sizes in a config, as GPT-2, BLOOM and Falcon spell them too. The heads matter: no tensor's shape
+tells 4 heads of 16 from 8 heads of 8."""
 
-EPSILONS = ("rms_norm_eps", "layer_norm_eps")
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 ROW_TENSORS = (
     "embed_tokens.weight",
@@ -211,21 +216,28 @@ def layer_of(name: str) -> int | None:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config states of activation, norms and rotary base, whichever way it is spelled.
+    """What a config states of activation, norms and rotary positions, whichever way it is spelled.
 
-    The rotary base stands on top or, since transformers 5, in rope_parameters, there by kind of
-    layer where the kinds differ. Gemma's hidden_act gives way to its hidden_activation, and means
-    the tanh form where it says gelu; so all forms of gelu, a thousandth apart, count as one.
+    Rotary base, share and scaling stand on top (the last in rope_scaling) or, since transformers 5,
+    in rope_parameters, there by kind of layer where the kinds differ. Gemma's hidden_act gives way
+    to its hidden_activation, and means the tanh form where it says gelu; so all forms of gelu, a
+    thousandth apart, count as one.
     """
-    activation = str(config.get("hidden_activation") or config.get("hidden_act") or "")
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((str(config[name]) for name in names if config.get(name)), "")
     if activation.startswith("gelu"):
         activation = "gelu"
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get("full_attention") or rope
+    base = config.get("rope_theta", config.get("rotary_emb_base"))
+    share = config.get("partial_rotary_factor", config.get("rotary_pct"))
     stated = {
         "hidden_act": {"": None, "swish": "silu"}.get(activation, activation),
         **{key: config.get(key) for key in EPSILONS},
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+        "rope_theta": rope.get("rope_theta", base),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", share),
+        "rope_type": rope.get("rope_type", rope.get("type")),
+        "rope factor": rope.get("factor"),
     }
     return {key: value for key, value in stated.items() if value is not None}
 
