@@ -1,6 +1,8 @@
 """The scale that is chosen without labels: what is measured, and what the rule makes of it."""
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +101,24 @@ def test_models_may_be_named_as_on_the_hub(company: Path, monkeypatch: pytest.Mo
     short: dict[str, object] = {"scales": (1.0,)}
     plain = chosen(company, instruct=company / "instruct", **short)
     assert chosen(company, **named, **short).trials == plain.trials
+
+
+@pytest.mark.parametrize("instruct", [True, False])
+def test_one_model_is_in_memory_at_a_time(
+    company: Path, monkeypatch: pytest.MonkeyPatch, instruct: bool
+) -> None:
+    seen: list[weakref.ref[object]] = []
+
+    def opened(path: Path) -> object:
+        gc.collect()
+        assert [ref for ref in seen if ref() is not None] == []
+        model = open_model(path)
+        seen.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(closeness, "open_model", opened)
+    chosen(company, scales=(1.0,), instruct=company / "instruct" if instruct else None)
+    assert len(seen) == 2 + instruct
 
 
 def trial(scale: float, nats: float, kept: float = 1.0) -> ScaleTrial:

@@ -177,9 +177,11 @@ def choose_scale(
             stack.enter_context(applied(Live(model, base), residual))
             take_generation_config(model, residual.companions)  # the base's knows no end of a turn
         else:
+            del model  # one at a time in memory
             model = open_model(instruct)
         found["instruct"] = bits(model, "instruct")
         answers = listen(model, tokenizer, asked, max_new_tokens=max_new_tokens)
+    del model
     model = open_model(target)
     found["newer base"] = bits(model, "newer base")
     gain = found["base"] - found["newer base"]
