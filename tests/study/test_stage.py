@@ -1,6 +1,7 @@
 """A stage is complete or not; a complete one is not run again while nothing changed."""
 
 import errno
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,26 @@ def test_a_stage_that_failed_is_incomplete_and_starts_clean(tmp_path: Path) -> N
 
     assert run(tmp_path / "s", look).figures["left"] == [BEGUN, ".model.training-1"]
     assert [path.name for path in (tmp_path / "s").iterdir()] == [RECORD]
+
+
+def test_the_time_of_interrupted_attempts_counts_up_to_the_state_they_left(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "s"
+
+    def fail(place: Path) -> None:
+        (place / ".model.training-1").mkdir(exist_ok=True)
+        (place / ".model.training-1" / "state").touch()
+        raise KeyboardInterrupt
+
+    for earlier in (100, 20):
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, fail)
+        begun = folder / BEGUN
+        then = begun.stat().st_mtime - earlier
+        os.utime(begun, (then, then))
+    assert run(folder, Maker()).figures["seconds"] == pytest.approx(120, abs=5)
+    assert run(folder, Maker(), inputs={}).figures["seconds"] < 5
 
 
 def test_a_stage_that_is_run_again_is_incomplete_until_it_ends(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from fedgraft.weights.checkpoint import Checkpoint
 Say = Callable[[str], None]
 
 BEGUN = ".begun"
-"""Lies in a stage's folder until its record does."""
+"""Lies in a stage's folder until its record does: seconds of the attempts before, from whose last
+state the one that began when this was written goes on."""
 
 
 def run_stage(
@@ -35,6 +36,8 @@ def run_stage(
     keep: str = "",
 ) -> Record:
     """Bring the stage to completion and return its record, with `seconds` among its figures.
+
+    An attempt that was interrupted counts up to the last state that it left.
 
     Args:
         make: Fills the folder; returns figures for the record.
@@ -53,14 +56,15 @@ def run_stage(
     begun = folder / BEGUN
     with told_if_unwritable(folder, left="finished stages are kept"):
         folder.mkdir(parents=True, exist_ok=True)
-        begun.touch()
-        (folder / RECORD).unlink(missing_ok=True)
         interrupted = any(left.name.startswith(".") and left != begun for left in folder.iterdir())
+        before = _seconds_before(folder) if interrupted else 0.0
+        begun.write_text(f"{before:.2f}", encoding="utf-8")
+        (folder / RECORD).unlink(missing_ok=True)
         _clear(folder, hidden=False, keep=keep if interrupted else "")
         say(title)
         started = time.monotonic()
         figures = make(folder) or {}
-        seconds = round(time.monotonic() - started, 2)
+        seconds = round(before + time.monotonic() - started, 2)
         _clear(folder, hidden=True)
         record = Record.make(
             "stage",
@@ -85,6 +89,15 @@ def _refuse_what_is_no_stage(folder: Path, done: Record | None) -> None:
             f"{folder}: expected a stage of this study, or nothing, found {found}, which is not "
             "removed; choose another --out"
         )
+
+
+def _seconds_before(folder: Path) -> float:
+    """Of attempts that were interrupted, each up to the last file that it left."""
+    begun = folder / BEGUN
+    if not begun.exists():
+        return 0.0
+    last = max(file.stat().st_mtime for file in folder.rglob("*"))
+    return float(begun.read_text(encoding="utf-8") or 0) + last - begun.stat().st_mtime
 
 
 def _clear(folder: Path, *, hidden: bool, keep: str = "") -> None:
