@@ -78,6 +78,23 @@ def test_an_example_counts_as_much_as_its_size() -> None:
     assert found.value == pytest.approx(32 / 11 - 1)
 
 
+def test_drawing_kinds_of_outcomes_gives_the_intervals_of_drawing_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of sums and sizes that differ too, and of three seeds."""
+    draw = np.random.default_rng(5)
+    sizes = draw.integers(1, 4, 400)
+    sides = [draw.binomial(sizes, share).astype(float) for share in (0.6, 0.7) * 3]
+    cards = [card(list(side), sizes=sizes.tolist()) for side in sides]
+    plain = difference(NAME, cards[::2], cards[1::2])
+    monkeypatch.setattr(module, "MANY", 10)
+    kinds = difference(NAME, cards[::2], cards[1::2])
+    assert kinds.value == plain.value
+    width = plain.high - plain.low
+    assert kinds.low == pytest.approx(plain.low, abs=0.05 * width)
+    assert kinds.high == pytest.approx(plain.high, abs=0.05 * width)
+
+
 def test_with_one_seed_the_interval_speaks_of_examples_alone_and_seeds_widen_it() -> None:
     alike = [card(list(noise(1, 100) + shift)) for shift in (0.0, 0.0, 0.0)]
     apart = [card(list(noise(1, 100) + shift)) for shift in (-0.3, 0.0, 0.3)]

@@ -38,6 +38,10 @@ from fedgraft.provenance import derive_seed
 
 LEVEL = 0.95
 DRAWS = 4000
+MANY = 1000
+"""Examples above which not each is drawn but how many of each kind of outcomes: the distribution is
+the same, and 14,000 questions that three seeds of two models answered right or wrong take 0.1 s and
+not 6."""
 DRAWN_AT_ONCE = 4_000_000
 """Counts in memory."""
 DECIMALS = 9
@@ -164,11 +168,15 @@ def _drawn(
 ) -> NDArray[np.float64]:
     """The difference of s seeds for each draw of the examples, [DRAWS, s]."""
     amounts, sizes = _matrices([*candidates, *references])
-    n = amounts.shape[1]
+    n, num_alike = amounts.shape[1], np.ones(amounts.shape[1])
+    if n > MANY:
+        both = np.vstack([amounts, sizes])
+        kinds, num_alike = np.unique(both, axis=1, return_counts=True)
+        amounts, sizes = np.split(kinds, 2)
     drawn = []
-    step = max(1, DRAWN_AT_ONCE // n)
+    step = max(1, DRAWN_AT_ONCE // len(num_alike))
     for start in range(0, DRAWS, step):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(step, DRAWS - start))
+        counts = rng.multinomial(n, num_alike / n, size=min(step, DRAWS - start))
         values = (counts @ amounts.T) / (counts @ sizes.T)
         found, wanted = values[:, : len(candidates)], values[:, len(candidates) :]
         drawn.append(found - times * wanted)
