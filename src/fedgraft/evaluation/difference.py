@@ -25,7 +25,7 @@ examples; `num_examples` stands beside it.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +168,8 @@ def _drawn(
 ) -> NDArray[np.float64]:
     """The difference of s seeds for each draw of the examples, [DRAWS, s]."""
     amounts, sizes = _matrices([*candidates, *references])
-    n, num_alike = amounts.shape[1], np.ones(amounts.shape[1])
+    n = amounts.shape[1]
+    num_alike: NDArray[np.integer[Any]] = np.ones(n, np.int64)
     if n > MANY:
         both = np.vstack([amounts, sizes])
         kinds, num_alike = np.unique(both, axis=1, return_counts=True)
