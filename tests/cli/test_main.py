@@ -280,6 +280,21 @@ def test_a_study_file_that_is_no_text_is_refused_in_one_message(verb: str, tmp_p
     assert "study.yaml: expected" in said
 
 
+def test_a_study_that_a_launcher_started_is_told_to_start_its_processes_itself(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would do, and write, everything."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("FEDGRAFT_DATA", str(material))
+    file = write_study(tmp_path / "small.yaml")
+    file.write_text(file.read_text().replace("place:", "data:"))
+    said = refused(fedgraft("study", "run", file, "--out", tmp_path / "out"))
+    assert (
+        "found it started 4 times by a launcher; start it without one, with --processes 4" in said
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_known_error_is_one_message_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedgraft.cli.main", "report", str(tmp_path)],

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from fedgraft.errors import StudyError
 from fedgraft.study import arms, departments, forgetting, lineage, selection, selection_plan
 from fedgraft.study import plan as plans
 from fedgraft.study.machine import Machine
@@ -22,6 +23,7 @@ from fedgraft.study.result import Departments, Forgetting, Lineages, Result, Sel
 from fedgraft.study.selection import SelectionStudy
 from fedgraft.study.stage import Say
 from fedgraft.study.study import Study
+from fedgraft.training import processes
 
 AnyStudy = Study | SelectionStudy | LineageStudy
 
@@ -44,7 +46,14 @@ def run(
     Args:
         num_processes: Of this machine, one a device, which train each model together; everything
             else is done in this process.
+
+    Raises StudyError where a launcher (`torchrun`) started several of this process.
     """
+    if (started := processes.num_processes()) > 1:
+        raise StudyError(
+            f"expected a study to be started once, found it started {started} times by a launcher; "
+            f"start it without one, with --processes {started}"
+        )
     if isinstance(study, LineageStudy):
         return lineage.run(study, out, say=say, num_processes=num_processes)
     if isinstance(study, SelectionStudy):
