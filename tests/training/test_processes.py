@@ -173,6 +173,36 @@ def vanish() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_long() -> None:
+    (Path(os.environ["FEDGRAFT_TEST_PLACE"]) / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_study_that_is_killed_end_with_it(tmp_path: Path) -> None:
+    """In the background of a shell script, where an interrupt is ignored."""
+    study = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from fedgraft.training.processes import run_together\n"
+        "from tests.training.test_processes import wait_long\n"
+        "run_together(2, wait_long)"
+    )
+    environment = {**os.environ, "FEDGRAFT_TEST_PLACE": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", study], env=environment, cwd=root)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2:
+        assert parent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    ours = [int(place.name) for place in tmp_path.iterdir()]
+    while any(Path(f"/proc/{one}").exists() for one in ours):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "error", "words"),

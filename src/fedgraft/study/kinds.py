@@ -45,7 +45,8 @@ def run(
 
     Args:
         num_processes: Of this machine, one a device, which train each model together; everything
-            else is done in this process.
+            else is done in this process. A script that asks for several must be safe to import
+            (`if __name__ == "__main__":`).
 
     Raises StudyError where a launcher (`torchrun`) started several of this process.
     """

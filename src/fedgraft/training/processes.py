@@ -8,9 +8,11 @@ What tells a process its place are the variables RANK and WORLD_SIZE; without th
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch.distributed
@@ -21,6 +23,8 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from fedgraft.errors import FedgraftError, TrainingError
 from fedgraft.progress import is_first
 from fedgraft.provenance import new_artefact
+
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def num_processes() -> int:
@@ -66,7 +70,8 @@ def run_together(num: int, work: Callable[[], object]) -> None:
         torch.cuda.empty_cache()  # the first of them shares this process's device
     told = get_context("spawn").SimpleQueue()
     try:
-        spawn(_one, (num, _free_port(), told, work), num)  # type: ignore[no-untyped-call]
+        given = (num, _free_port(), os.getpid(), told, work)
+        spawn(_one, given, num)  # type: ignore[no-untyped-call]
     except ProcessException as lost:
         if not told.empty():
             raise told.get() from None
@@ -77,7 +82,10 @@ def run_together(num: int, work: Callable[[], object]) -> None:
         ) from lost
 
 
-def _one(place: int, num: int, port: int, told: Any, work: Callable[[], object]) -> None:
+def _one(
+    place: int, num: int, port: int, parent: int, told: Any, work: Callable[[], object]
+) -> None:
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ |= {
         **dict.fromkeys(("RANK", "LOCAL_RANK"), str(place)),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num)),
@@ -92,6 +100,14 @@ def _one(place: int, num: int, port: int, told: Any, work: Callable[[], object])
         sys.exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent; what torch sets for that is ignored in the background
+    of a shell script."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _free_port() -> int:
