@@ -17,6 +17,9 @@ help:
 quickstart: .venv/installed
 	$(BIN)/fedgraft quickstart --out runs/quickstart
 
+# two workers with threads of their own would wait for each other
+test test-all: export OMP_NUM_THREADS := 1
+
 test: check
 	$(BIN)/pytest -n 2 -m "not slow"
 

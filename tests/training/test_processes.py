@@ -15,11 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli.test_main import fedgraft
 
 from fedgraft.errors import CorpusError, TrainingError
 from fedgraft.provenance import Record
 from fedgraft.testing import TEXT, save_tiny
+from fedgraft.text.rows import Rows
 from fedgraft.training.processes import run_together
+from fedgraft.training.settings import PretrainSettings
+from fedgraft.training.trainer import steps_of
 
 ARGUMENTS = [
     *("--tokens", "6000", "--row-length", "64", "--batch-tokens", "512", "--schedule", "constant"),
@@ -40,8 +44,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(place: Path) -> Path:
-    finish(start(place, "alone", processes=1))
+    done = fedgraft("pretrain", *files(place, "alone"), *ARGUMENTS)
+    assert done.exit_code == 0, done.output
     return place / "alone"
+
+
+def files(place: Path, out: str) -> list[str]:
+    return [str(place / "model"), "--data", str(place / "text.jsonl"), "--out", str(place / out)]
 
 
 def start(
@@ -56,9 +65,8 @@ def start(
         script.write_text(STOPPING.format(step=stop_at))
         module = [str(script)]
     command = [*launcher, "--master-port", str(port()), *module]
-    files = [str(place / "model"), "--data", str(place / "text.jsonl"), "--out", str(place / out)]
     return subprocess.Popen(
-        [*command, "pretrain", *files, *ARGUMENTS, *more],
+        [*command, "pretrain", *files(place, out), *ARGUMENTS, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -218,8 +226,13 @@ def test_what_ends_one_of_the_processes_of_a_study_is_told_in_the_study(
         run_together(2, work)
 
 
-def test_rows_that_do_not_share_out_are_refused(place: Path) -> None:
-    run = start(place, "uneven", "--micro-batch-rows", "8")
-    output, _ = run.communicate(timeout=200)
-    assert run.returncode
-    assert "the 8 rows of a step, found 8 in each of 2 processes; choose a divisor" in output
+def test_rows_that_do_not_share_out_are_refused(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = PretrainSettings(
+        num_tokens=6000, learning_rate=1e-3, batch_tokens=512, micro_batch_rows=8
+    )
+    words = "the 8 rows of a step, found 8 in each of 2 processes; choose a divisor"
+    with pytest.raises(TrainingError, match=words):
+        steps_of(6000, rows, settings)

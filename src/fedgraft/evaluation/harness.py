@@ -300,12 +300,11 @@ def _manager() -> Any:
 @contextmanager
 def _told_if_not_understood(benchmark: Benchmark, data: Path | None) -> Iterator[None]:
     """Tell of files whose lines have the benchmark's fields, and in them what nobody expected."""
-    from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
-
+    datasets, jinja2 = sys.modules["datasets"], sys.modules["jinja2"]  # lm_eval has loaded them
+    others = (datasets.exceptions.DatasetsError, jinja2.TemplateError)
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError, DatasetsError) as no:
+    except (LookupError, TypeError, ValueError, AttributeError, *others) as no:
         if data is None:
             raise
         found = str(no.__cause__ or no).splitlines()[0] or type(no).__name__
