@@ -35,7 +35,7 @@ pocket: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 
 .venv/installed: pyproject.toml constraints.txt hatch_build.py src/fedgraft/weights/loops.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
