@@ -69,12 +69,12 @@ def test_what_was_asked_otherwise_is_said_below_the_table_in_every_form() -> Non
     few = {"mmlu_pro": asked(num_rows=40)}
     made = table({"L3b": [card(scores()).model_copy(update={"benchmarks": few})]})
     told = "mmlu_pro: 40 of 100 questions (L3b)"
-    assert as_markdown(made).endswith(f"published:\n\n- {told}\n")
+    assert as_markdown(made).endswith(f"difference is taken:\n\n- {told}\n")
     assert as_latex(made).endswith(
         r"\end{tabular}"
         "\n"
-        r"\par\smallskip\footnotesize Asked otherwise than in the paper, and not comparable with "
-        "what is published:\n"
+        r"\par\smallskip\footnotesize Asked otherwise than in the paper, so that no difference is "
+        "taken:\n"
         r"\par\smallskip\footnotesize mmlu\_pro: 40 of 100 questions (L3b)"
         "\n"
     )

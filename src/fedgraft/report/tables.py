@@ -43,7 +43,7 @@ from fedgraft.study.tables import (
 )
 
 MISSING = "missing"
-ASKED_OTHERWISE = "Asked otherwise than in the paper, and not comparable with what is published:"
+ASKED_OTHERWISE = "Asked otherwise than in the paper, so that no difference is taken:"
 TITLES: Mapping[Name, str] = {
     "forgetting": "Table 2: reading on, with and without the residual",
     "portability": "Table 3: residuals across versions of a family",
