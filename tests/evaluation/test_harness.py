@@ -237,6 +237,7 @@ def test_a_subject_of_one_question_has_no_standard_error_and_is_refused(
         ("hellaswag_val", '"label": "1"', '"label": "first"'),
         ("arc_easy_test", '"answerKey": "B"', '"answerKey": "Z"'),
         ("winogrande_xl_dev", '"option1": "the heron"', '"option1": null'),
+        ("ifeval_input_data", "punctuation:no_comma", "punctuation:no_dash"),
         ("truthfulqa_mc", '"choices": ["Yes.", "No.", "At times."]', '"texts": []'),
     ],
 )

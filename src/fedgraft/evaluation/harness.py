@@ -166,6 +166,8 @@ def run_benchmarks(
             for one in left:
                 with _told_if_not_understood(one, settings.data):
                     loaded[one.name] = _load(one, files.get(one.name), manager, kept / "datasets")
+                    if one.name == "ifeval":
+                        _check_instructions(loaded[one.name]["tasks"]["ifeval"])
                     fits[one.name] = _fit(one, loaded[one.name], lm, tokenizer, settings)
             _refuse_unless(settings.fit, fits, checkpoint.path, lm.max_length, say)
             for benchmark in left:
@@ -399,6 +401,16 @@ def _from_files(
         "dataset_kwargs": {"data_files": files, "cache_dir": str(cache / content)},
         **dict.fromkeys(lacking),
     }
+
+
+def _check_instructions(task: Any) -> None:
+    """Raise ValueError for an instruction that IFEval has no check for: scoring would end with it."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    for question in task.eval_docs:
+        for name in question["instruction_id_list"]:
+            if name not in INSTRUCTION_DICT:
+                raise ValueError(f"no instruction is called {name!r}")
 
 
 def _check_enough_shots(tasks: Mapping[str, Any], num_shots: int) -> None:
