@@ -404,7 +404,7 @@ def _from_files(
 
 
 def _check_instructions(task: Any) -> None:
-    """Raise ValueError for an instruction that IFEval has no check for: scoring would end with it."""
+    """Raise ValueError for an instruction that IFEval cannot check: scoring would end with it."""
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
     for question in task.eval_docs:
