@@ -144,6 +144,13 @@ def test_a_folder_without_a_result_is_refused_with_the_remedy(tmp_path: Path) ->
         write_report(tmp_path)
 
 
+def test_places_on_an_axis_are_told_in_three_digits() -> None:
+    at, y = (401_152.0, 999_999.0, 25_000.0), (1.0, 2.0, 3.0)
+    series = figures.Series(name="S2", colour=figures.BLUE, x=at, y=y, low=y, high=y)
+    plot = figures.curves([series], levels=[], x_label="parameters", y_label="%")
+    assert {"401k", "1M", "25k"} <= set(re.findall(r"<text[^>]*>([^<]*)<", plot))
+
+
 def test_a_sign_of_money_in_a_name_is_no_mathematics() -> None:
     """Between two of them stands mathematics to matplotlib, and some of it is refused."""
     names = (r"up to $5 or \fine$", "free")

@@ -643,6 +643,9 @@ def test_the_verdict_follows_from_the_figures(material: Path, tmp_path: Path) ->
         line = {"S2": tuple((float(at), arm) for at, arm in enumerate(points))}
         assert words in verdict(study, summary, (), line, ())
     alike = {name: ((10.0, arm),) for name, arm in (("S2", "few"), ("S1", "s1"), ("on", "many"))}
+    alone = verdict(study.model_copy(update={"against": None}), summary, (), lines, ())
+    assert "Along dialogues: S2 from 50.2% (50.1% to 50.3%) at 10 to 90.2%" in alone
+    assert alone.endswith("at 1,000.")
     told = verdict(study, summary, (), alike, ())
     assert "S2, S1 fall short of graft at every point (dialogues). on is level with" in told
     level = dict.fromkeys(summary, summary["graft"])

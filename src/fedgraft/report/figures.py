@@ -430,7 +430,8 @@ def _apart(ticks: Sequence[float]) -> list[float]:
 
 
 def _short(number: float) -> str:
-    """`25k`, `1.5M`: a tick that fits."""
+    """`25k`, `1.31M`: a tick that fits, in three digits."""
+    number = float(f"{number:.3g}")
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:g}{suffix}"

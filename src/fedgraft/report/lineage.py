@@ -124,7 +124,8 @@ def _colours(result: Lineages) -> dict[str, str]:
 
 
 def _tiles(result: Lineages) -> Iterator[Tile]:
-    """The best arm, the one that others are compared with, and the first that came as it is."""
+    """The best arm, the one that others are compared with or else the ends of lines, then the
+    first that are scored."""
     values = {
         arm: found[result.score] for arm, found in result.summary.items() if result.score in found
     }
@@ -132,8 +133,9 @@ def _tiles(result: Lineages) -> Iterator[Tile]:
         return
     unit = next(iter(values.values())).unit
     best = (max if unit == "share" else min)(values, key=lambda arm: values[arm].mean)
-    against = [result.against] if result.against else []
-    shown = [best, *against, *(arm.arm for arm in result.arms)]
+    ends = [points[-1][1] for points in result.lines.values()]
+    told = [result.against] if result.against else ends
+    shown = [best, *told, *(arm.arm for arm in result.arms)]
     for arm in list(dict.fromkeys(name for name in shown if name in values))[:4]:
         value = f"{values[arm].mean:.0%}" if unit == "share" else f"{values[arm].mean:.3f}"
         words = f"{_words(result.score)}: {arm}"

@@ -673,7 +673,8 @@ def verdict(
 ) -> str:
     """A few sentences that follow from the figures by rule: which arm is best, what is told
     apart from the arm `against`, where lines are level with it (their arms are not told one by
-    one), and whether forecasts came true."""
+    one) or, where nothing is compared, from where to where they go, and whether forecasts came
+    true."""
     values = {arm: found[study.score] for arm, found in summary.items() if study.score in found}
     if not values:
         return "The study's score was not taken, so that nothing can be said about it."
@@ -702,6 +703,8 @@ def verdict(
             verb = verb if len(named) == 1 else PLURAL[verb]
             where = where.format(study.against)
             sentences.append(f"{', '.join(named)} {verb} {where} ({study.axis}).")
+    elif along := list(_along(lines, values)):
+        sentences.append(f"Along {study.axis}: {'; '.join(along)}.")
     promised = [one for one in forecasts if one.outcome in ("holds", "breaks")]
     known = [one for one in promised if one.kept is not None]
     if known and study.score == FOLLOWED:
@@ -711,6 +714,24 @@ def verdict(
             f"anything, {true} came out as forecast."
         )
     return " ".join(sentences)
+
+
+def _along(
+    lines: Mapping[str, Sequence[tuple[float, str]]], values: Mapping[str, Summary]
+) -> Iterator[str]:
+    """Each line's first and last point that was scored."""
+    for line, points in lines.items():
+        scored = [(at, arm) for at, arm in points if arm in values]
+        if len(scored) > 1:
+            (first, one), (last, other) = scored[0], scored[-1]
+            yield (
+                f"{line} from {_told(values[one])} at {_place(first)} to {_told(values[other])} at "
+                f"{_place(last)}"
+            )
+
+
+def _place(at: float) -> str:
+    return f"{at:,.0f}" if at == int(at) else f"{at:g}"
 
 
 PLURAL = {"is": "are", "falls": "fall"}
@@ -724,7 +745,7 @@ def _reached(
     sign = 1 if reference.unit == "share" else -1
     scored = [(at, arm) for at, arm in points if arm in values]
     level = [sign * values[arm].mean >= sign * reference.mean for _, arm in scored]
-    places = [f"{at:,.0f}" if at == int(at) else f"{at:g}" for at, _ in scored]
+    places = [_place(at) for at, _ in scored]
     if not any(level):
         return "falls", "short of {} at every point"
     if all(level):
