@@ -167,6 +167,15 @@ def test_lines_are_drawn_over_their_axis_beside_the_other_models(page: str) -> N
     assert ">few<" not in figure
 
 
+def test_above_lines_that_nothing_is_compared_with_stand_the_best_and_the_other_lines_ends() -> (
+    None
+):
+    lines = {"came": ((1.0, "instruct"), (2.0, "graft")), "S2": ((1.0, "few"), (2.0, "many"))}
+    page = render(result().model_copy(update={"lines": lines, "against": None, "comparisons": ()}))
+    tiles = part(page, "tiles", "The picture")
+    assert re.findall(r"in full: (\w+)", tiles)[:2] == ["instruct", "many"]
+
+
 def test_without_lines_each_model_has_a_bar() -> None:
     figure = render(result(lines=False, axis=""))
     figure = figure[figure.index("<h2>The picture") : figure.index("<h2>What was compared")]

@@ -124,8 +124,8 @@ def _colours(result: Lineages) -> dict[str, str]:
 
 
 def _tiles(result: Lineages) -> Iterator[Tile]:
-    """The best arm, the one that others are compared with or else the ends of lines, then the
-    first that are scored."""
+    """The best arm, the one that others are compared with or else the ends of the other lines,
+    then the first that are scored."""
     values = {
         arm: found[result.score] for arm, found in result.summary.items() if result.score in found
     }
@@ -133,7 +133,8 @@ def _tiles(result: Lineages) -> Iterator[Tile]:
         return
     unit = next(iter(values.values())).unit
     best = (max if unit == "share" else min)(values, key=lambda arm: values[arm].mean)
-    ends = [points[-1][1] for points in result.lines.values()]
+    lines = [[arm for _, arm in points] for points in result.lines.values()]
+    ends = [line[-1] for line in lines if best not in line]
     told = [result.against] if result.against else ends
     shown = [best, *told, *(arm.arm for arm in result.arms)]
     for arm in list(dict.fromkeys(name for name in shown if name in values))[:4]:
