@@ -353,7 +353,6 @@ def kill_at(file: Path, ran: Ran, out: Path, title: str, begun: str) -> None:
     assert process.returncode == -signal.SIGKILL, f"ended before {title}"
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(ran: Ran, tmp_path: Path) -> None:
     """kill -9 in training and in the search; each run goes on from the last finished stage."""
     out = tmp_path / "out"
