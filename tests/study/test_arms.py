@@ -24,6 +24,7 @@ from fedgraft.study import arms
 from fedgraft.study.arms import run
 from fedgraft.study.material import Material
 from fedgraft.study.result import ARMS, Result
+from fedgraft.study.run import Run
 from fedgraft.study.stage import code_hash
 from fedgraft.study.study import Study
 from fedgraft.weights.checkpoint import Checkpoint
@@ -293,6 +294,23 @@ def test_an_unknown_metric_is_refused_with_those_there_are_after_one_point(
     ):
         run_small(ran.material, tmp_path / "out", scale=scale, seeds=[1])
     assert scored == ["graft at scale 0.5"]
+
+
+def test_a_template_that_was_edited_in_place_makes_other_models_of_both_sides(
+    ran: Ran, tmp_path: Path
+) -> None:
+    """Both read, and are asked, by the instruct model's."""
+    material = shutil.copytree(ran.material, tmp_path / "material")
+    study = Study.load(write_study(tmp_path / "study.yaml"), {"place": material})
+
+    def now() -> set[str]:
+        return set(Run(study, tmp_path / "out", lambda _: None).hashes.values())
+
+    before = now()
+    with (material / "instruct" / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert len(before) == 2
+    assert not now() & before
 
 
 def test_a_gate_may_name_any_arm_of_the_seed(ran: Ran, tmp_path: Path) -> None:

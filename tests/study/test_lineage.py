@@ -1,6 +1,7 @@
 """A study of lineages, tiny and real: models are what recipes say, and nothing is done twice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from fedgraft.models import open_model, open_tokenizer, save_model
 from fedgraft.provenance import RECORD, Record
 from fedgraft.study import arms, kinds
 from fedgraft.study.comparison import compare
-from fedgraft.study.lineage import TUNED_ON, parted, run, verdict
+from fedgraft.study.lineage import TUNED_ON, _Lineages, parted, run, verdict
 from fedgraft.study.machine import machine
 from fedgraft.study.plan import plan
 from fedgraft.study.recipes import LineageStudy
@@ -220,6 +221,24 @@ def test_a_residual_is_inspected_before_its_graft_is_asked(ran: Ran) -> None:
     assert told.relative_norm == found.whole.relative_norm
     followed = [ran.scores(*arm)[SCORES].value for arm in (("graft", 1), ("instruct", None))]
     assert told.kept == (followed[0] / followed[1] if followed[1] else None)
+
+
+def test_a_template_that_was_edited_in_place_makes_other_models(
+    material: Path, tmp_path: Path
+) -> None:
+    ours = shutil.copytree(material, tmp_path / "material")
+    study = kinds.load(write_study(tmp_path / "study.yaml"), {"place": ours})
+    assert isinstance(study, LineageStudy)
+    speaker = study.checkpoints[study.speaker]
+
+    def now() -> set[str]:
+        return set(_Lineages(study, tmp_path / "out", lambda _: None, 1).hashes.values())
+
+    before = now()
+    with (Path(speaker) / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert before
+    assert not now() & before
 
 
 def test_residuals_of_names_with_dashes_stand_apart(material: Path, tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ LEVEL = 0.95
 DRAWS = 4000
 MANY = 1000
 """Examples above which not each is drawn but how many of each kind of outcomes: the distribution is
-the same, and 14,000 questions that three seeds of two models answered right or wrong take 0.1 s and
-not 6."""
+the same, and of thousands of questions answered right or wrong there are few kinds."""
 DRAWN_AT_ONCE = 4_000_000
 """Counts in memory."""
 DECIMALS = 9

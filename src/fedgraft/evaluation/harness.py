@@ -130,8 +130,8 @@ def run_benchmarks(
 
     Raises EvaluationError where something is not installed, a file is missing or holds too little
     or what its task cannot read, the tokenizer has no chat template, or the model's context is too
-    short and `fit` was not asked for; NonFiniteError
-    where the model gives NaN; ArtefactError where a kept result is broken or none can be written.
+    short and `fit` was not asked for; NonFiniteError where the model gives NaN; ArtefactError where
+    a kept result is broken or none can be written.
     """
     _check_installed(settings.backend)
     if settings.limit is not None and settings.limit < 2:

@@ -57,12 +57,12 @@ CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 OUTPUT_LAYER, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 READING = (
     *("config.json", "generation_config.json", "token*.*", "vocab*.*", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json", "chat_template*"),
 )
 """Files beside the weights that decide on what the model reads and when it stops."""
-"""The format's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
